@@ -1,0 +1,48 @@
+"""Makes a virtual batch behave as a real one under Keras' `gradient_accumulation_steps`."""
+
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+
+class CountsUpdates:
+    """Mixin for a Keras optimizer: schedules and EMA advance once an update.
+
+    Keras 3 hands the count of micro-steps to a learning-rate schedule, and averages and overwrites
+    the weights (`use_ema`) on each micro-step. Without accumulation this mixin changes nothing.
+    """
+
+    def _get_current_learning_rate(self):
+        if isinstance(self._learning_rate, LearningRateSchedule):
+            return self._learning_rate(self.iterations)
+        return super()._get_current_learning_rate()
+
+    def _micro_step(self):
+        """The position of this micro-step in its virtual batch, from 0: an integer tensor."""
+        return self._iterations % (self.gradient_accumulation_steps or 1)
+
+    def _update_flags(self):
+        """(whether this micro-step changed the weights, whether it was the first that did)."""
+        steps = self.gradient_accumulation_steps or 1
+        return self._micro_step() == steps - 1, self.iterations == 0
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        if not self.use_ema:
+            return
+        is_update, is_first = self._update_flags()
+        for variable, average in zip(trainable_variables, self._model_variables_moving_average):
+            if average is None:
+                continue
+            momentum = ops.where(is_first, 0.0, self.ema_momentum)
+            momentum = ops.cast(momentum, variable.dtype)
+            new = momentum * average + (1 - momentum) * variable
+            average.assign(ops.where(is_update, new, average))
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables):
+        # Only the training step comes here; `finalize_variable_values` goes past.
+        is_update, _ = self._update_flags()
+        overwrite = super()._overwrite_model_variables_with_average_value
+        ops.cond(is_update, lambda: overwrite(trainable_variables), lambda: None)
+
+    def finalize_variable_values(self, var_list):
+        if self.use_ema:
+            super()._overwrite_model_variables_with_average_value(var_list)

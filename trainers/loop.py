@@ -1,0 +1,199 @@
+"""The training loop: virtual batches, evaluation, checkpoints; no data set, no model."""
+
+import time
+
+import keras
+import tensorflow as tf
+
+AVERAGE_DECAY = 0.9999
+
+
+class Trainer:
+    """Trains a classifier; one update takes `plan.micro_steps` micro-batches on each worker.
+
+    Args:
+        model: `keras.Model` from images to logits.
+        optimizer: `keras.optimizers.Optimizer`, made distributed if there are several workers.
+        plan: a `BatchPlan`.
+        jit_compile: whether XLA compiles the forward and backward pass.
+    """
+
+    def __init__(self, model, optimizer, plan, jit_compile=False):
+        self.model, self.optimizer, self.plan = model, optimizer, plan
+        self.weights = model.trainable_variables
+        optimizer.build(self.weights)
+        self.averages = [tf.Variable(v) for v in self.weights]
+        self.updates = tf.Variable(0, dtype=tf.int64)
+        # Sums over the epoch so far: loss, correct and seen examples; saved for an exact resume.
+        self.epoch_sums = tf.Variable(tf.zeros(3, tf.float64))
+        self._gradient_sums = [tf.Variable(tf.zeros_like(v)) for v in self.weights]
+        self._loss_sum = tf.Variable(0.0)
+        self._gradients = tf.function(self._gradients, jit_compile=jit_compile)
+        self.micro_step = tf.function(self._micro_step)
+        self.apply = tf.function(self._apply)
+
+    def _gradients(self, images, labels):
+        with tf.GradientTape() as tape:
+            logits = self.model(images, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            loss = tf.reduce_mean(losses) + tf.add_n(self.model.losses or [0.0])
+        correct = tf.reduce_sum(tf.cast(tf.math.in_top_k(labels, logits, 1), tf.float32))
+        return loss, correct, tape.gradient(loss, self.weights)
+
+    def _micro_step(self, images, labels):
+        """Adds one micro-batch to the gradient and loss of the virtual batch."""
+        loss, correct, gradients = self._gradients(images, labels)
+        for total, gradient in zip(self._gradient_sums, gradients):
+            total.assign_add(gradient)
+        self._loss_sum.assign_add(loss)
+        seen = tf.cast(tf.shape(labels)[0], tf.float32)
+        self.epoch_sums.assign_add(tf.cast([loss * seen, correct, seen], tf.float64))
+
+    def _apply(self):
+        """One update with the mean over the virtual batch; returns this worker's mean loss."""
+        loss = self._loss_sum / self.plan.micro_steps
+        # Horovod: a distributed optimizer averages loss and gradients over the workers here
+        if hasattr(self.optimizer, "observe_loss"):
+            self.optimizer.observe_loss(loss)
+        gradients = [total / self.plan.micro_steps for total in self._gradient_sums]
+        self.optimizer.apply(gradients, self.weights)
+        n = tf.cast(self.updates, tf.float32)
+        decay = tf.minimum(AVERAGE_DECAY, (1 + n) / (10 + n))
+        for average, weight in zip(self.averages, self.weights):
+            average.assign_sub((1 - decay) * (average - weight))
+        for total in [*self._gradient_sums, self._loss_sum]:
+            total.assign(tf.zeros_like(total))
+        self.updates.assign_add(1)
+        return loss
+
+    def objects(self):
+        """What a checkpoint holds."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "averages": self.averages,
+            "updates": self.updates,
+            "epoch_sums": self.epoch_sums,
+        }
+
+    def variables(self):
+        """Everything that must be equal on all workers."""
+        return [*self.model.variables, *self.optimizer.variables, *self.averages]
+
+    def learning_rate(self):
+        return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
+
+    def evaluate(self, batches, workers):
+        """Loss, top-1 and top-5 over all workers' parts of the test images, summed exactly.
+
+        Returns:
+            `(loss, top1, top5)` as floats, the loss without regularization.
+        """
+        sums = tf.zeros(4, tf.float64)
+        for images, labels, weights in batches:
+            sums += self._evaluate_batch(images, labels, weights)
+        # Horovod: sum over the workers
+        loss, top1, top5, count = workers.sum_over_workers(sums.numpy().tolist())
+        return loss / count, top1 / count, top5 / count
+
+    @tf.function
+    def _evaluate_batch(self, images, labels, weights):
+        logits = self.model(images, training=False)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        hits = [tf.cast(tf.math.in_top_k(labels, logits, k), tf.float32) for k in (1, 5)]
+        parts = [losses, *hits, tf.ones_like(losses)]
+        return tf.stack([tf.reduce_sum(tf.cast(part * weights, tf.float64)) for part in parts])
+
+    def evaluate_averages(self, batches, workers):
+        """`evaluate` with the moving average of the weights in place of the weights."""
+        weights = [tf.convert_to_tensor(v) for v in self.weights]
+        self._assign(self.averages)
+        try:
+            return self.evaluate(batches, workers)
+        finally:
+            self._assign(weights)
+
+    def _assign(self, values):
+        for variable, value in zip(self.weights, values):
+            variable.assign(value)
+
+
+def train(trainer, training_batches, test_batches, workers, reporter, checkpoints, log_steps):
+    """Trains from the trainer's current update to the end of its plan.
+
+    Args:
+        trainer: a `Trainer`.
+        training_batches: function of (epoch, first update in it) to this worker's micro-batches.
+        test_batches: this worker's part of the test images.
+        workers: see `trainers.workers`.
+        reporter: see `trainers.reporting`.
+        checkpoints: a `Checkpoints` on worker 0, `None` elsewhere.
+        log_steps: int, updates between two logged steps.
+
+    Returns:
+        The summary of the run, a dict.
+    """
+    plan, began, record = trainer.plan, time.perf_counter(), {}
+    done = int(trainer.updates.numpy())
+    for epoch in range(done // plan.updates_per_epoch, plan.epochs):
+        first = done - epoch * plan.updates_per_epoch
+        reporter.begin_epoch(epoch, plan.updates_per_epoch, first)
+        epoch_began = time.perf_counter()
+        batches = iter(training_batches(epoch, first))
+        for _ in range(first, plan.updates_per_epoch):
+            rate = trainer.learning_rate()
+            for _ in range(plan.micro_steps):
+                trainer.micro_step(*next(batches))
+            loss = trainer.apply()
+            done += 1
+            _report_step(trainer, reporter, epoch, done, loss, rate, log_steps)
+            if done == 1:
+                workers.check_identical(_without_statistics(trainer))
+        seconds = time.perf_counter() - epoch_began
+        speed = (plan.updates_per_epoch - first) * plan.global_batch_size / seconds
+        # Horovod: each worker's batch norm saw its own part of each batch
+        workers.average_moving_statistics(trainer.model)
+        workers.check_identical(trainer.variables())
+        record = {"epoch": epoch + 1, "update": done, "images_per_second": speed}
+        record.update(_evaluate(trainer, test_batches, workers))
+        reporter.epoch(record)
+        trainer.epoch_sums.assign(tf.zeros_like(trainer.epoch_sums))
+        if checkpoints is not None:
+            checkpoints.save(done, {"epoch": epoch + 1, "record": record})
+    return {
+        "updates": done,
+        "seconds": time.perf_counter() - began,
+        "workers": plan.workers,
+        "micro_steps": plan.micro_steps,
+        "global_batch_size": plan.global_batch_size,
+        **record,
+    }
+
+
+def _report_step(trainer, reporter, epoch, done, loss, rate, log_steps):
+    logged = done % log_steps == 0 or done == 1
+    if not logged and not getattr(reporter, "terminal", False):
+        return  # reading the loss would make the host wait for the device
+    record = {"epoch": epoch + 1, "update": done, "loss": float(loss), "learning_rate": rate}
+    if hasattr(trainer.optimizer, "diagnostics"):
+        record.update(trainer.optimizer.diagnostics())
+    reporter.step(record if logged else None, [("loss", record["loss"])])
+
+
+def _evaluate(trainer, test_batches, workers):
+    loss_sum, correct, seen = workers.sum_over_workers(trainer.epoch_sums.numpy().tolist())
+    test_loss, top1, top5 = trainer.evaluate(test_batches, workers)
+    _, averaged_top1, averaged_top5 = trainer.evaluate_averages(test_batches, workers)
+    return {
+        "loss": loss_sum / seen,
+        "train_top1": correct / seen,
+        "test_loss": test_loss,
+        "top1": top1,
+        "top5": top5,
+        "averaged_top1": averaged_top1,
+        "averaged_top5": averaged_top5,
+    }
+
+
+def _without_statistics(trainer):
+    return [*trainer.model.trainable_variables, *trainer.optimizer.variables, *trainer.averages]

@@ -1,0 +1,166 @@
+"""What a run tells: the run folder, the terminal, TensorBoard and a picture of the curves."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+
+import keras
+import tensorflow as tf
+
+PACKAGES = ("tensorflow", "keras", "numpy", "horovod", "nlcg_tf")
+
+
+class Silent:
+    """The reporter of every worker but the first: says and writes nothing."""
+
+    def start(self, flags, lines, first_update):
+        pass
+
+    def begin_epoch(self, epoch, updates, done):
+        pass
+
+    def step(self, record, shown):
+        pass
+
+    def epoch(self, record):
+        pass
+
+    def say(self, line):
+        pass
+
+    def finish(self, summary):
+        pass
+
+
+class Reporter(Silent):
+    """The reporter of worker 0.
+
+    On a terminal it shows a progress bar for each epoch; elsewhere one line for each epoch.
+
+    Args:
+        folder: path of the run folder; see README for what it will hold.
+        epochs: int, length of the whole run.
+    """
+
+    def __init__(self, folder, epochs):
+        self.folder = pathlib.Path(folder)
+        self.epochs = epochs
+        self.terminal = sys.stdout.isatty()
+        self.records = []
+
+    def say(self, line):
+        print(line, flush=True)
+
+    def start(self, flags, lines, first_update):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            # A resumed run writes again what came after its checkpoint.
+            kept = [json.loads(line) for line in metrics.read_text().splitlines()]
+            self.records = [record for record in kept if record["update"] <= first_update]
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        description = {"flags": flags, "versions": versions(), "git_revision": git_revision()}
+        (self.folder / "flags.json").write_text(json.dumps(description, indent=2) + "\n")
+        self._metrics = metrics.open("a")
+        self._board = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
+        for line in lines:
+            self.say(line)
+
+    def begin_epoch(self, epoch, updates, done):
+        if self.terminal:
+            self.say(f"Epoch {epoch + 1}/{self.epochs}")
+            self._bar = keras.utils.Progbar(updates, stateful_metrics=None)
+            self._done = done
+
+    def step(self, record, shown):
+        if record is not None:
+            self._write({"type": "step", **record})
+        if self.terminal:
+            self._done += 1
+            self._bar.update(self._done, shown, finalize=False)
+
+    def epoch(self, record):
+        self._write({"type": "epoch", **record})
+        if self.terminal:
+            print()
+        self.say(
+            f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  "
+            f"top-1 {record['top1']:.2%}  top-5 {record['top5']:.2%}  "
+            f"(averaged weights {record['averaged_top1']:.2%})  "
+            f"train top-1 {record['train_top1']:.2%}  "
+            f"{record['images_per_second']:.0f} images/s"
+        )
+
+    def finish(self, summary):
+        self._metrics.close()
+        self._board.close()
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        plot_curves(self.records, self.folder / "curves.png")
+        self.say(f"done: top-1 {summary['top1']:.2%} after {summary['updates']} updates")
+        self.say(f"run folder: {self.folder}")
+
+    def _write(self, record):
+        self.records.append(record)
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        with self._board.as_default(step=record["update"]):
+            for name, value in record.items():
+                if isinstance(value, float):
+                    tf.summary.scalar(f"{record['type']}/{name}", value)
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision():
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def plot_curves(records, path):
+    """Draws loss, accuracy and step size of one run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [r for r in records if r["type"] == "step"]
+    epochs = [r for r in records if r["type"] == "epoch"]
+    figure, (loss, accuracy, rate) = pyplot.subplots(1, 3, figsize=(13, 3.6))
+    loss.plot([r["update"] for r in steps], [r["loss"] for r in steps], lw=0.8, label="update")
+    loss.plot([r["update"] for r in epochs], [r["loss"] for r in epochs], "k-", label="epoch mean")
+    loss.set(xlabel="update", ylabel="training loss", yscale="log")
+    loss.legend()
+    for name, label, style in (
+        ("train_top1", "training", "-"),
+        ("top1", "test", "-"),
+        ("averaged_top1", "test, averaged weights", "--"),
+    ):
+        values = [100 * r[name] for r in epochs]
+        accuracy.plot([r["epoch"] for r in epochs], values, style, label=label)
+    accuracy.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
+    accuracy.legend(loc="lower right")
+    updates = [r["update"] for r in steps]
+    rate.plot(updates, [r["learning_rate"] for r in steps], label="learning rate")
+    if steps and "step_size" in steps[0]:
+        rate.plot(updates, [r["step_size"] for r in steps], "--", label="step size")
+    rate.set(xlabel="update", ylabel="rate")
+    rate.legend()
+    for axes in (loss, accuracy, rate):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,60 @@
+"""The flags that all trainers share."""
+
+from absl import flags
+
+from trainers.optimizers import NAMES
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("data_dir", None, "Folder of the data; TensorFlow Datasets' own by default.")
+flags.DEFINE_float("weight_decay", 1e-4, "Factor of sum(w^2) in the loss.", lower_bound=0)
+flags.DEFINE_integer("global_batch_size", 128, "Images in one update.", lower_bound=1)
+flags.DEFINE_integer(
+    "per_worker_batch_size",
+    None,
+    "Images in one micro-step of one worker. The number of micro-steps in an update follows: "
+    "global batch / (workers * this). By default the global batch over the workers: one.",
+    lower_bound=1,
+)
+flags.DEFINE_integer("epochs", 200, "Length of the run.", lower_bound=1)
+flags.DEFINE_enum("optimizer", "nlcg", list(NAMES), "Optimizer.")
+flags.DEFINE_enum(
+    "update_rule", "fletcher_reeves", ["fletcher_reeves", "polak_ribiere"], "NLCG: rule for beta."
+)
+flags.DEFINE_enum("preconditioner", "bfgs", ["bfgs", "none"], "NLCG: preconditioner.")
+flags.DEFINE_enum(
+    "line_search",
+    "auto",
+    ["auto", "online", "step", "none"],
+    "NLCG: line search. auto is the paper's choice for the data set and batch.",
+)
+flags.DEFINE_float("lars_coefficient", None, "NLCG: LARS coefficient.", lower_bound=1e-12)
+flags.DEFINE_bool("jit_compile", False, "Compile the forward and backward pass with XLA.")
+flags.DEFINE_integer("seed", 0, "Seed of weights, order and augmentation.", lower_bound=0)
+flags.DEFINE_string("output_dir", None, "Run folder; by default one named by the flags in runs/.")
+flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in the run folder.")
+flags.DEFINE_integer("log_steps", 10, "Updates between two logged steps.", lower_bound=1)
+
+
+def nlcg_arguments(default_line_search):
+    """The flags of NLCG as its keyword arguments."""
+    line_search = FLAGS.line_search if FLAGS.line_search != "auto" else default_line_search
+    return {
+        "update_rule": FLAGS.update_rule,
+        "preconditioner": None if FLAGS.preconditioner == "none" else FLAGS.preconditioner,
+        "line_search": None if line_search == "none" else line_search,
+        "lars_coefficient": FLAGS.lars_coefficient,
+    }
+
+
+def refuse_unused():
+    """Refuses flags that the chosen optimizer would ignore.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if FLAGS.optimizer == "nlcg":
+        return
+    for name in ("update_rule", "preconditioner", "line_search", "lars_coefficient"):
+        if FLAGS[name].present:
+            raise ValueError(f"--{name} is for --optimizer=nlcg, not {FLAGS.optimizer}")

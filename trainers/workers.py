@@ -1,0 +1,64 @@
+"""The workers of a run: Horovod's, or this process alone."""
+
+import os
+
+import tensorflow as tf
+
+# How each launcher tells a process the size of its job (Horovod, Open MPI, MPICH and SLURM).
+SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class OneProcess:
+    """The functions of `nlcg_tf.horovod` that a trainer uses, for a single worker."""
+
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 1
+
+    def DistributedOptimizer(self, optimizer, compression=None):
+        return optimizer
+
+    def broadcast(self, variables):
+        pass
+
+    def sum_over_workers(self, values):
+        return [float(value) for value in values]
+
+    def average_moving_statistics(self, model):
+        pass
+
+    def check_identical(self, variables):
+        pass
+
+
+def connect():
+    """Joins the job that this process was launched in.
+
+    Returns:
+        `nlcg_tf.horovod`, initialised, or a `OneProcess`.
+
+    Raises:
+        SystemExit: if a launcher started several processes that Horovod cannot connect.
+    """
+    launched = max(int(os.environ.get(name, 1)) for name in SIZE_VARIABLES)
+    if launched == 1:
+        return OneProcess()
+    from nlcg_tf import horovod
+
+    # Horovod: initialise, and pin one GPU to each process of a machine
+    horovod.init()
+    if horovod.size() != launched:
+        raise SystemExit(
+            f"error: {launched} processes were launched, but Horovod connects {horovod.size()}. "
+            "Under mpirun or srun Horovod must be built with MPI (see README, Several machines); "
+            "horovodrun --gloo works without."
+        )
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        tf.config.set_visible_devices(gpus[horovod.local_rank() % len(gpus)], "GPU")
+    # Workers that share the cores of a machine would slow each other down.
+    threads = max(1, len(os.sched_getaffinity(0)) // horovod.local_size())
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    return horovod
