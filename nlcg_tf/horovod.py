@@ -36,7 +36,7 @@ __all__ = [
     "sum_over_workers",
 ]
 
-COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
+COMPRESSIONS = {None: None, "fp16": tf.float16}
 
 
 def DistributedOptimizer(optimizer, compression=None):
@@ -50,7 +50,7 @@ def DistributedOptimizer(optimizer, compression=None):
     Args:
         optimizer: a `keras.optimizers.Optimizer`. With dynamic loss scaling, wrap outside:
             `DistributedOptimizer(LossScaleOptimizer(optimizer))`.
-        compression: `None`, `"fp16"` or `"bf16"`: the type of float32 gradients on the wire.
+        compression: `None`, or `"fp16"` to send float32 gradients as float16.
 
     Returns:
         `optimizer`.
@@ -68,7 +68,7 @@ def DistributedOptimizer(optimizer, compression=None):
         raise ValueError(f"`optimizer` is distributed already. Received: optimizer={optimizer!r}")
     if compression not in COMPRESSIONS:
         raise ValueError(
-            f"`compression` must be None, 'fp16' or 'bf16'. Received: compression={compression!r}"
+            f"`compression` must be None or 'fp16'. Received: compression={compression!r}"
         )
     base = _Distributed
     inner = getattr(optimizer, "inner_optimizer", None)
@@ -82,9 +82,9 @@ def DistributedOptimizer(optimizer, compression=None):
                 f"`gradient_accumulation_steps`. Received: inner_optimizer={inner!r}"
             )
     cls = type(optimizer)
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    # Named as the plain class, which is what a saved model must load.
-    optimizer.__class__ = type(cls.__name__, (base, cls), names)
+    # Keras writes `optimizer.__class__` into a saved model: there it must find the plain class.
+    members = {"__class__": property(lambda self: cls), "__doc__": cls.__doc__}
+    optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
     object.__setattr__(optimizer, "_wire_dtype", COMPRESSIONS[compression])
     return optimizer
 
@@ -92,9 +92,9 @@ def DistributedOptimizer(optimizer, compression=None):
 class _Distributed(CountsUpdates):
     def _clip_gradients(self, grads):
         # Keras comes here once an update, after accumulation and before clipping and the update.
-        return super()._clip_gradients(self._average(grads, self))
+        return super()._clip_gradients(self._reduce(grads, self))
 
-    def _average(self, grads, optimizer):
+    def _reduce(self, grads, optimizer):
         if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
             tf.compat.v1.get_default_graph()
         ):
@@ -103,16 +103,14 @@ class _Distributed(CountsUpdates):
                 "`model.compile(..., jit_compile=False)`, or compile the gradients alone."
             )
         dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
-        wire = [self._compress(g) for g in dense]
         # Only NLCG has a loss to average, and only with a line search.
         loss = getattr(optimizer, "observed_loss", None)
+        extra = [] if loss is None else [tf.convert_to_tensor(loss)]
+        averages = _average([*(self._compress(g) for g in dense), *extra])
         if loss is not None:
-            wire.append(tf.convert_to_tensor(loss))
-        wire = hvd.grouped_allreduce(wire, op=hvd.Average, name="gradients")
-        if loss is not None:
-            loss.assign(wire.pop())
-        averaged = iter([tf.cast(x, g.dtype) for x, g in zip(wire, dense)])
-        return [None if g is None else next(averaged) for g in grads]
+            loss.assign(averages.pop())
+        averages = iter([tf.cast(x, g.dtype) for x, g in zip(averages, dense)])
+        return [None if g is None else next(averages) for g in grads]
 
     def _compress(self, gradient):
         if self._wire_dtype is None or gradient.dtype != tf.float32:
@@ -133,7 +131,19 @@ class _DistributedLossScale(_Distributed):
     """Averages before the gradients are checked, so that all workers skip the same updates."""
 
     def apply(self, grads, trainable_variables=None):
-        super().apply(self._average(grads, self.inner_optimizer), trainable_variables)
+        super().apply(self._reduce(grads, self.inner_optimizer), trainable_variables)
+
+
+def _average(tensors):
+    """Averages over the workers: one grouped all-reduce, or one for each type of number."""
+    averages = list(tensors)
+    for dtype in {x.dtype: None for x in tensors}:
+        places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        group = [tensors[i] for i in places]
+        reduced = hvd.grouped_allreduce(group, op=hvd.Average, name=f"average_{dtype.name}")
+        for i, x in zip(places, reduced):
+            averages[i] = x
+    return averages
 
 
 def broadcast(variables, root_rank=0):
@@ -158,11 +168,9 @@ def average_moving_statistics(model):
     Each worker sees its own part of the batch; call this before evaluation and before saving.
     """
     statistics = [v for v in model.non_trainable_variables if "float" in str(v.dtype)]
-    if statistics:
-        values = [tf.convert_to_tensor(v) for v in statistics]
-        averages = hvd.grouped_allreduce(values, op=hvd.Average, name="moving_statistics")
-        for variable, average in zip(statistics, averages):
-            variable.assign(average)
+    averages = _average([tf.convert_to_tensor(v) for v in statistics])
+    for variable, average in zip(statistics, averages):
+        variable.assign(average)
 
 
 def check_identical(variables):

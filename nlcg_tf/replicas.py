@@ -39,7 +39,9 @@ def update_each(update, tensors, variables):
             for replica, device in enumerate(strategy.extended.worker_devices):
 
                 def own(x, replica=replica):
-                    return strategy.experimental_local_results(x)[replica]
+                    # A value that the replicas share comes once.
+                    copies = strategy.experimental_local_results(x)
+                    return copies[replica] if len(copies) > 1 else copies[0]
 
                 with tf.device(device):
                     update(

@@ -1,5 +1,6 @@
 """One run of a trainer, from flags to summary; the trainers differ in data, model and schedule."""
 
+import math
 import pathlib
 import sys
 
@@ -72,7 +73,7 @@ def run(task):
         checkpoints,
         FLAGS.log_steps,
     )
-    reporter.finish({**summary, "parameters": model.count_params(), "seed": FLAGS.seed})
+    reporter.finish({**summary, "parameters": _parameters(model), "seed": FLAGS.seed})
 
 
 def _plan(task, size):
@@ -106,11 +107,15 @@ def _restore(checkpoints, rank):
 
 def _description(task, model, plan):
     return [
-        f"{task.name}: {model.count_params():,} parameters, {task.examples:,} training images",
+        f"{task.name}: {_parameters(model):,} parameters, {task.examples:,} training images",
         f"{FLAGS.optimizer}: batch {plan.global_batch_size:,} = {plan.workers} worker(s) x "
         f"{plan.micro_steps} micro-step(s) x {plan.per_worker_batch_size:,}; "
         f"{plan.updates:,} updates in {plan.epochs} epochs",
     ]
+
+
+def _parameters(model):
+    return sum(math.prod(v.shape) for v in model.trainable_variables)
 
 
 def _fail(message, rank):

@@ -1,0 +1,69 @@
+"""Two real workers: the checks of checks.py, and the CIFAR trainer under each launcher."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+from distributed.launch import ROOT, has_mpi, horovodrun, mpirun, needs_horovod, run
+
+CHECKS_FILE = pathlib.Path(__file__).parent / "checks.py"
+CHECKS = re.findall(r"^def (check_\w+)", CHECKS_FILE.read_text(), re.M)
+TRAINER = [sys.executable, "-m", "trainers.cifar", "--depth=8", "--epochs=2"]
+LAUNCHERS = {
+    "alone": lambda *command: run(command),
+    "horovodrun": horovodrun,
+    "mpirun": mpirun,
+}
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    return horovodrun(sys.executable, CHECKS_FILE)
+
+
+@needs_horovod
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_workers(outcome, check):
+    passed = re.findall(rf"\[(\d)\]<stdout>:passed {check}$", outcome.stdout, re.M)
+    assert sorted(passed) == ["0", "1"], outcome.stdout[-2000:] + outcome.stderr[-8000:]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_trainer_under_each_launcher(launcher, tmp_path):
+    if launcher == "horovodrun" and importlib.util.find_spec("horovod") is None:
+        pytest.skip("Horovod is not installed")
+    if launcher == "mpirun" and not has_mpi():
+        pytest.skip("Horovod is not built with MPI")
+    folder = tmp_path / "run"
+    flags = ["--global_batch_size=128", "--per_worker_batch_size=32", f"--output_dir={folder}"]
+    result = LAUNCHERS[launcher](*TRAINER, "--line_search=online", *flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    summary = json.loads((folder / "summary.json").read_text())
+    workers = 1 if launcher == "alone" else 2
+    assert (summary["workers"], summary["micro_steps"]) == (workers, 4 // workers)
+    assert summary["updates"] == 22
+    # Worker 0 alone speaks, one line an epoch since this is no terminal.
+    lines = [line for line in result.stdout.splitlines() if "epoch " in line]
+    assert len(lines) == 2 and not any("[1]<stdout>" in line for line in result.stdout.splitlines())
+
+
+def test_workers_that_do_not_see_each_other_are_refused(tmp_path):
+    """A launcher whose processes Horovod cannot connect would train them apart."""
+    if importlib.util.find_spec("horovod") is None:
+        pytest.skip("Horovod is not installed")
+    result = run([*TRAINER, f"--output_dir={tmp_path}"], PMI_SIZE="2")
+    assert result.returncode != 0
+    assert "2 processes were launched, but Horovod connects 1" in result.stderr
+
+
+def test_without_horovod_one_clear_sentence(tmp_path):
+    (tmp_path / "horovod.py").write_text("raise ImportError('no such build')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import nlcg_tf.horovod"
+    result = run([sys.executable, "-c", code])
+    assert "nlcg_tf.horovod needs Horovod built for this TensorFlow" in result.stderr
+    assert "scripts/setup.sh" in result.stderr.splitlines()[-1]
+    assert (ROOT / "scripts" / "setup.sh").is_file()

@@ -1,0 +1,53 @@
+"""The composed path is backend-neutral: it trains on JAX, and TensorFlow is not even imported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+import numpy as np
+import keras
+import nlcg_tf
+import trainers.models
+from oracle import Oracle
+
+assert trainers.models.cifar_resnet(8, (8, 8, 1), 10).count_params() > 0
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(64, 5)).astype("float32")
+y = x @ rng.normal(size=(5, 1)).astype("float32")
+for steps in (None, 2):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1, use_bias=False)])
+    optimizer = nlcg_tf.NLCG(0.05, "polak_ribiere", gradient_accumulation_steps=steps)
+    w = np.array(model.layers[0].kernel, np.float64).ravel()
+    oracle = Oracle(w, [5], "polak_ribiere", "bfgs", "online")
+    model.compile(optimizer=optimizer, loss="mse")
+    size = 16 // (steps or 1)
+    model.fit(x, y, batch_size=size, epochs=3, shuffle=False, verbose=0)
+    for t in range(12):
+        rows = np.arange(16 * t, 16 * (t + 1)) % 64
+        error = x[rows].astype(np.float64) @ oracle.w - y[rows, 0]
+        gradient = 2 * x[rows].astype(np.float64).T @ error / 16
+        oracle.update(gradient, np.mean(error**2), float(np.float32(0.05)))
+    got = np.array(model.layers[0].kernel).ravel()
+    difference = np.linalg.norm(got - oracle.w) / np.linalg.norm(oracle.w)
+    assert difference < 2e-5, difference
+    diagnostics = optimizer.diagnostics()
+    assert diagnostics["updates"] == 12
+    np.testing.assert_allclose(diagnostics["learning_rate_scale"], oracle.scale, rtol=1e-5)
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_training_on_jax_equals_the_oracle():
+    pytest.importorskip("jax")
+    tests = os.path.dirname(__file__)
+    path = os.pathsep.join([os.path.dirname(tests), tests])
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": path}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,122 @@
+"""Restored training goes on bit for bit; a state that does not fit is an error."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import regression_data, regression_model
+
+import nlcg_tf
+from nlcg_tf import NLCG
+from nlcg_tf.line_search import OnlineLineSearch
+
+BATCH = 16
+
+SETTINGS = [
+    {},
+    {"update_rule": "polak_ribiere", "line_search": "step"},
+    {"line_search": None, "preconditioner": None},
+    {"lars_coefficient": 0.1, "line_search": OnlineLineSearch(0.05, 0.01)},
+    {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
+    {"learning_rate": nlcg_tf.schedules.CifarSchedule(128, 2, 8)},
+]
+IDS = [",".join(settings) or "default" for settings in SETTINGS]
+
+
+def compiled_model(settings):
+    model = regression_model()
+    model.compile(optimizer=NLCG(**{"learning_rate": 0.1, **settings}), loss="mse")
+    # TensorFlow's graph optimizer may round a function otherwise that had to be traced twice,
+    # because its first call made the slots. A restored optimizer has them before the first call.
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def train(model, first, last):
+    """Updates (or micro-steps) `first` to `last` on consecutive batches."""
+    x, y = regression_data(128)
+    for t in range(first, last):
+        rows = np.arange(t * BATCH, (t + 1) * BATCH) % len(x)
+        model.train_on_batch(x[rows], y[rows])
+
+
+def bits(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return {v.path: np.asarray(v).tobytes() for v in variables}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("way", ["keras", "checkpoint"])
+def test_training_goes_on_bit_for_bit(settings, way, tmp_path):
+    """7 of 12 steps before the save: in the middle of a virtual batch of 3."""
+    straight = compiled_model(settings)
+    train(straight, 0, 12)
+
+    first = compiled_model(settings)
+    train(first, 0, 7)
+    if way == "keras":
+        first.save(tmp_path / "model.keras")
+        second = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        path = tf.train.Checkpoint(model=first, optimizer=first.optimizer).write(
+            str(tmp_path / "state")
+        )
+        second = compiled_model(settings)
+        status = tf.train.Checkpoint(model=second, optimizer=second.optimizer).read(path)
+        status.assert_consumed()
+    train(second, 7, 12)
+    expected, actual = bits(straight), bits(second)
+    assert list(actual.values()) == list(expected.values())
+    assert second.optimizer.diagnostics() == straight.optimizer.diagnostics()
+
+
+def test_get_config_holds_every_argument():
+    optimizer = NLCG(
+        0.2,
+        "polak_ribiere",
+        None,
+        OnlineLineSearch(decrease_threshold=0.5),
+        1e-6,
+        0.01,
+        False,
+        "mine",
+        clipnorm=1.0,
+        weight_decay=0.1,
+    )
+    copy = NLCG.from_config(optimizer.get_config())
+    assert copy.get_config() == optimizer.get_config()
+    assert copy.line_search == OnlineLineSearch(decrease_threshold=0.5)
+    assert (copy.clipnorm, copy.weight_decay, copy.epsilon) == (1.0, 0.1, 1e-6)
+
+
+@pytest.mark.parametrize("other", [{"line_search": None}, {"preconditioner": None}])
+def test_a_saved_state_that_does_not_fit_is_an_error(other, tmp_path):
+    model = compiled_model({})
+    train(model, 0, 2)
+    model.save_weights(tmp_path / "model.weights.h5")
+    path = tf.train.Checkpoint(optimizer=model.optimizer).write(str(tmp_path / "state"))
+
+    stranger = compiled_model(other)
+    train(stranger, 0, 1)
+    store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
+    before = bits(stranger)
+    with pytest.raises(ValueError, match=r"saved state of optimizer 'nlcg' has \d+ variables"):
+        stranger.optimizer.load_own_variables(store)
+    with pytest.raises(ValueError, match="saved state"):
+        stranger.load_weights(tmp_path / "model.weights.h5")
+    assert {k: v for k, v in bits(stranger).items() if "nlcg" in k} == {
+        k: v for k, v in before.items() if "nlcg" in k
+    }
+    with pytest.raises((AssertionError, tf.errors.InvalidArgumentError)):
+        tf.train.Checkpoint(optimizer=stranger.optimizer).read(path).assert_consumed()
+
+
+def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
+    model = compiled_model({})
+    train(model, 0, 2)
+    stranger = keras.Sequential([keras.Input((4,)), keras.layers.Dense(9), keras.layers.Dense(1)])
+    stranger.compile(optimizer=NLCG(0.1), loss="mse")
+    train(stranger, 0, 1)
+    store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
+    with pytest.raises(ValueError, match="shape"):
+        stranger.optimizer.load_own_variables(store)

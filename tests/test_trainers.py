@@ -1,0 +1,201 @@
+"""The parts of the trainers, and the CIFAR trainer's flags and resuming as a user meets them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from distributed.launch import ROOT, run
+
+from trainers import data, models
+from trainers.checkpoints import Checkpoints
+from trainers.optimizers import NAMES, make_optimizer
+from trainers.plan import make_plan
+
+CIFAR100 = ROOT.parent / "shared" / "data" / "tensorflow_datasets"
+TRAINER = [sys.executable, "-m", "trainers.cifar", "--depth=8"]
+
+
+@pytest.mark.parametrize("depth, parameters", [(20, 269722), (32, 464154), (56, 853018)])
+def test_resnet_has_the_published_number_of_parameters(depth, parameters):
+    """He et al. 2016, table 6: 0.27 M, 0.46 M and 0.85 M for CIFAR-10."""
+    model = models.cifar_resnet(depth, (32, 32, 3), 10)
+    assert sum(int(np.prod(v.shape)) for v in model.trainable_variables) == parameters
+
+
+def test_resnet32_has_95_tensors_and_regularizes_kernels_alone():
+    model = models.cifar_resnet(32, (32, 32, 3), 100, weight_decay=1e-4)
+    assert len(model.trainable_variables) == 95
+    kernels = [v for v in model.trainable_variables if v.path.endswith("kernel")]
+    expected = 1e-4 * sum(float(tf.reduce_sum(tf.square(v))) for v in kernels)
+    assert float(tf.add_n(model.losses)) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="depth=9"):
+        models.cifar_resnet(9, (32, 32, 3), 100)
+
+
+def test_rmsprop_and_nesterov_have_the_papers_settings():
+    rmsprop = make_optimizer("rmsprop", 0.1)
+    assert (rmsprop.rho, rmsprop.momentum, rmsprop.epsilon) == (0.9, 0.9, 1.0)
+    nesterov = make_optimizer("nesterov", 0.1)
+    assert (nesterov.momentum, nesterov.nesterov) == (0.9, True)
+    for name in NAMES:
+        assert isinstance(make_optimizer(name, 0.1), keras.optimizers.Optimizer)
+    with pytest.raises(ValueError, match="name='lion'"):
+        make_optimizer("lion", 0.1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def epoch(digits, workers, per_worker, seed=1, number=0, first=0):
+    """All workers' micro-batches of an epoch: [update, position in the virtual batch]."""
+    plan = make_plan(1437, 256, per_worker, workers, 1)
+    parts = []
+    for rank in range(workers):
+        batches = list(data.training_batches(digits, plan, rank, seed, number, first))
+        images = np.concatenate([images for images, _ in batches])
+        labels = np.concatenate([labels for _, labels in batches])
+        updates = plan.updates_per_epoch - first
+        parts.append((images.reshape(updates, -1, 8, 8, 1), labels.reshape(updates, -1)))
+    return tuple(np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
+
+
+@pytest.mark.parametrize("workers, per_worker", [(1, 64), (2, 128), (2, 32), (4, 16)])
+def test_a_virtual_batch_holds_the_same_augmented_images(digits, workers, per_worker):
+    images, labels = epoch(digits, 1, 256)
+    other_images, other_labels = epoch(digits, workers, per_worker)
+    np.testing.assert_array_equal(images, other_images)
+    np.testing.assert_array_equal(labels, other_labels)
+    assert images.shape == (5, 256, 8, 8, 1)
+
+
+def test_epochs_and_seeds_differ_and_a_resumed_epoch_does_not(digits):
+    images, labels = epoch(digits, 2, 64)
+    assert (labels != epoch(digits, 2, 64, number=1)[1]).any()
+    assert (labels != epoch(digits, 2, 64, seed=2)[1]).any()
+    np.testing.assert_array_equal(images[3:], epoch(digits, 2, 64, first=3)[0])
+
+
+def test_augmented_images_are_shifted_originals(digits):
+    """Each training image, before standardisation, is one of the 9 crops of its padded original."""
+    pixels = digits.train[0][:200].astype(np.float32)
+    generator = np.random.default_rng(0)
+    draws = generator.integers(0, 3, size=(200, 3))
+    draws[:, 2] = 0
+    crops = data._augment(tf.constant(pixels), tf.constant(draws, tf.int32), 1).numpy()
+    padded = np.pad(pixels, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    for crop, image, (top, left, _) in zip(crops, padded, draws):
+        np.testing.assert_array_equal(crop, image[top : top + 8, left : left + 8])
+    draws[:, 2] = 1
+    mirrored = data._augment(tf.constant(pixels), tf.constant(draws, tf.int32), 1).numpy()
+    np.testing.assert_array_equal(mirrored, crops[:, :, ::-1])
+
+
+def test_an_epoch_sees_every_image_once_and_a_huge_batch_wraps_around():
+    order = data.epoch_indices(100, 100, 0, 0)
+    assert sorted(order) == list(range(100))
+    wrapped = data.epoch_indices(100, 250, 0, 0)
+    counts = np.bincount(wrapped, minlength=100)
+    assert counts.min() == 2 and counts.max() == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_each_test_image_counts_once(digits, workers):
+    parts = [list(data.test_batches(digits, 50, rank, workers)) for rank in range(workers)]
+    assert len({len(part) for part in parts}) == 1
+    labels = np.concatenate([y[w > 0] for part in parts for _, y, w in part])
+    assert sorted(labels) == sorted(digits.test[1])
+
+
+def test_digits_are_split_once_and_for_all(digits):
+    assert (len(digits.train[1]), len(digits.test[1])) == (1437, 360)
+    seen = {image.tobytes() for image in digits.train[0]}
+    assert not any(image.tobytes() in seen for image in digits.test[0])
+
+
+@pytest.mark.skipif(not CIFAR100.is_dir(), reason="CIFAR-100 is not there")
+def test_cifar100_is_loaded_whole():
+    cifar = data.load("cifar100", str(CIFAR100))
+    assert cifar.train[0].shape == (50000, 32, 32, 3) and cifar.test[0].shape == (10000, 32, 32, 3)
+    assert cifar.classes == 100
+    means = cifar.train[0].mean(axis=(0, 1, 2)) / 255
+    np.testing.assert_allclose(means, [0.50708, 0.48655, 0.44092], atol=1e-4)
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path):
+    a, b = tf.Variable([1.0, 2.0]), tf.Variable(3.0)
+    saved = Checkpoints(tmp_path, keep=2, a=a, b=b)
+    for update in (1, 2, 3):
+        saved.save(update, {"epoch": update})
+    assert [path.name for path in saved.all()] == ["update-00000002", "update-00000003"]
+    a.assign([0.0, 0.0])
+    assert saved.restore(saved.all()[-1]) == {"update": 3, "epoch": 3}
+    np.testing.assert_array_equal(a.numpy(), [1.0, 2.0])
+    for others in ({"a": a}, {"a": a, "b": b, "c": tf.Variable(0.0)}, {"a": tf.Variable([1.0])}):
+        with pytest.raises(ValueError, match="does not fit this run"):
+            Checkpoints(tmp_path, **others).restore(saved.all()[-1])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--global_batch_size=100", "--per_worker_batch_size=64"],
+            "--global_batch_size=100 is no",
+        ),
+        (["--depth=10"], "depth=10"),
+        (["--optimizer=momentum", "--update_rule=polak_ribiere"], "--update_rule is for"),
+        (["--dataset=digits", "--data_dir=x"], "--dataset=digits comes with"),
+        (["--dataset=cifar100", "--data_dir=/nowhere"], "cifar100 is not prepared"),
+        (["--resume", "--output_dir=/nowhere"], "no checkpoint under /nowhere"),
+        (["--epochs=0"], "flag --epochs=0"),
+        (["--optimizer=lion"], "--optimizer=lion"),
+        (["--colour=red"], "colour"),
+        (["digits"], "unknown arguments: digits"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_flag_gets_one_clear_line(flags, message, tmp_path):
+    output = [] if "--resume" in flags else [f"--output_dir={tmp_path / 'run'}"]
+    result = run([*TRAINER, *flags, *output])
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_goes_on_with_resume(tmp_path):
+    folder = tmp_path / "run"
+    command = [*TRAINER, "--global_batch_size=256", "--epochs=4", f"--output_dir={folder}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/4"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    again = run(command)
+    assert again.returncode == 2 and "holds a run: pass --resume" in again.stderr
+    resumed = run([*command, "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stdout
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = [record["epoch"] for record in records if record["type"] == "epoch"]
+    assert epochs == [1, 2, 3, 4]
+    updates = [record["update"] for record in records if record["type"] == "step"]
+    assert updates == sorted(set(updates))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == 20
+    described = json.loads((folder / "flags.json").read_text())
+    assert described["flags"]["epochs"] == 4 and described["versions"]["tensorflow"]
+    for name in ("curves.png", "checkpoints", "tensorboard"):
+        assert os.path.getsize(folder / name) > 0

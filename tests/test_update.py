@@ -1,0 +1,251 @@
+"""The update itself, against the float64 oracle and what is known of conjugate gradients."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import SHAPES, flat, make_oracle, relative_difference
+
+from nlcg_tf import NLCG
+
+RULES = ("fletcher_reeves", "polak_ribiere")
+
+
+def run_beside_oracle(optimizer, dtype, updates=100, weight_decay=0.0, shapes=SHAPES):
+    """The largest relative difference of an update; also checks that there is one trace."""
+    rng = np.random.default_rng(0)
+    start = [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    scales = [rng.uniform(0.5, 5, size=shape) for shape in shapes]
+    variables = [keras.Variable(x, dtype=dtype) for x in start]
+    optimizer.build(variables)
+    oracle = make_oracle(optimizer, start)
+
+    @tf.function
+    def step(gradients, loss):
+        optimizer.observe_loss(loss)
+        optimizer.apply(gradients, variables)
+
+    worst = 0.0
+    for t in range(updates):
+        learning_rate = np.asarray(0.06 * (1.5 + np.cos(t / 10)), keras.config.floatx())
+        optimizer.learning_rate = learning_rate
+        before, oracle_before = flat(v.numpy() for v in variables), oracle.w.copy()
+        # A quadratic with noise: gradients depend on the weights, as in training.
+        gradients = [
+            (s * v.numpy() + 0.05 * rng.normal(size=v.shape)).astype(dtype)
+            for s, v in zip(scales, variables)
+        ]
+        loss = 2 + 0.3 * np.sin(t / 7) + 0.05 * rng.normal()
+        loss = np.asarray(loss, keras.config.floatx())
+        step([tf.constant(g) for g in gradients], loss)
+        oracle.update(flat(gradients), float(loss), float(learning_rate), weight_decay)
+        update = flat(v.numpy() for v in variables) - before
+        worst = max(worst, relative_difference(update, oracle.w - oracle_before))
+    assert step.experimental_get_tracing_count() == 1
+    return worst, oracle
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("preconditioner", ["bfgs", None])
+@pytest.mark.parametrize("line_search", ["online", "step", None])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_100_updates_agree_with_oracle(rule, preconditioner, line_search, dtype):
+    keras.config.set_floatx(dtype)
+    optimizer = NLCG(0.1, rule, preconditioner, line_search)
+    worst, oracle = run_beside_oracle(optimizer, dtype)
+    # Polak-Ribiere's beta subtracts two close sums.
+    bounds = {"fletcher_reeves": 1e-5, "polak_ribiere": 1e-4}
+    assert worst <= (1e-12 if dtype == "float64" else bounds[rule])
+    diagnostics = optimizer.diagnostics()
+    assert diagnostics["updates"] == 100 and diagnostics["skipped_updates"] == 0
+    assert diagnostics["rejected_curvatures"] == oracle.rejected
+    expected = (oracle.beta, oracle.scale, oracle.step_size, oracle.curvature, oracle.cosine)
+    names = ("beta", "learning_rate_scale", "step_size", "curvature", "cosine")
+    np.testing.assert_allclose([diagnostics[n] for n in names], expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("settings", [{"lars_coefficient": 0.02}, {"weight_decay": 0.01}])
+def test_lars_and_weight_decay_agree_with_oracle(rule, settings):
+    keras.config.set_floatx("float64")
+    optimizer = NLCG(0.1, rule, **settings)
+    decay = settings.get("weight_decay", 0.0)
+    worst, _ = run_beside_oracle(optimizer, "float64", 30, decay)
+    assert worst <= 1e-12
+
+
+def test_the_runs_above_exercise_preconditioner_and_line_search():
+    """They would prove little if h stayed 1 or the scale never moved."""
+    optimizer = NLCG(0.1)
+    run_beside_oracle(optimizer, "float32")
+    h = flat(v.numpy() for v in optimizer.slots["hessian_diagonal"])
+    assert h.min() < 0.9 and h.max() > 1.5
+    assert optimizer.diagnostics()["learning_rate_scale"] < 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rejected_curvature_agrees_with_oracle(rule, rng):
+    """Random gradients: y^T s takes both signs."""
+    keras.config.set_floatx("float64")
+    variable = keras.Variable(rng.normal(size=30), dtype="float64")
+    optimizer = NLCG(0.01, rule, line_search=None)
+    oracle = make_oracle(optimizer, [variable.numpy()])
+    for _ in range(40):
+        gradient = rng.normal(size=30)
+        optimizer.apply([tf.constant(gradient)], [variable])
+        oracle.update(gradient, None, 0.01)
+    assert relative_difference(variable.numpy(), oracle.w) < 1e-12
+    assert optimizer.diagnostics()["rejected_curvatures"] == oracle.rejected
+    assert 5 < oracle.rejected < 35
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-12)])
+def test_large_variables_agree_with_oracle(dtype, bound):
+    """Sums of more than one block, with and without a rest."""
+    keras.config.set_floatx(dtype)
+    shapes = [(4096,), (4097,), (2, 4096), (300001,), ()]
+    worst, _ = run_beside_oracle(NLCG(0.1), dtype, updates=10, shapes=shapes)
+    assert worst <= bound
+
+
+def test_a_variable_of_zeros_can_leave_zero_with_lars():
+    variable = keras.Variable([0.0, 0.0])
+    NLCG(0.5, lars_coefficient=0.1, line_search=None).apply([tf.constant([1.0, 2.0])], [variable])
+    np.testing.assert_allclose(variable.numpy(), [-0.5, -1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_linear_cg_solves_a_quadratic_in_n_steps(rule):
+    """With h = 1 and exact steps NLCG is linear CG: at most n steps, conjugate directions."""
+    keras.config.set_floatx("float64")
+    rng = np.random.default_rng(3)
+    n = 6
+    q, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    a = q @ np.diag([1.0, 1.3, 1.6, 2.0, 2.6, 3.5]) @ q.T
+    w = keras.Variable(rng.normal(size=n), dtype="float64")
+    optimizer = NLCG(1.0, rule, preconditioner=None, line_search=None, epsilon=1e-30)
+    directions = []
+    for _ in range(n):
+        g = a @ w.numpy()
+        # The direction that the update is going to take, to choose the exact step along it.
+        probe = keras.Variable(w.numpy(), dtype="float64")
+        twin = NLCG(1.0, rule, preconditioner=None, line_search=None, epsilon=1e-30)
+        twin.build([probe])
+        if optimizer.built:
+            for target, source in zip(twin.variables, optimizer.variables):
+                target.assign(source)
+        twin.learning_rate = 1.0
+        twin.apply([tf.constant(g)], [probe])
+        d = probe.numpy() - w.numpy()
+        optimizer.learning_rate = -(g @ d) / (d @ a @ d)
+        optimizer.apply([tf.constant(g)], [w])
+        directions.append(d)
+    assert np.linalg.norm(a @ w.numpy()) < 1e-10
+    conjugacy = np.array([[u @ a @ v for v in directions] for u in directions])
+    off_diagonal = conjugacy - np.diag(np.diag(conjugacy))
+    assert np.abs(off_diagonal).max() < 1e-10 * np.diag(conjugacy).max()
+
+
+def test_neutral_settings_equal_sgd():
+    """beta = 0 on the first update, h = 1 and a fixed step: plain gradient descent."""
+    a, b = keras.Variable([1.0, -2.0]), keras.Variable([1.0, -2.0])
+    gradient = tf.constant([0.3, 0.7])
+    NLCG(0.1, preconditioner=None, line_search=None).apply([gradient], [a])
+    keras.optimizers.SGD(0.1).apply([gradient], [b])
+    np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
+
+
+def test_the_direction_descends(rng):
+    """The cosine of direction and negative gradient stays positive on a convex problem."""
+    w = keras.Variable(rng.normal(size=50).astype("float32"))
+    curvature = tf.constant(rng.uniform(0.1, 3, size=50), tf.float32)
+    optimizer = NLCG(0.05)
+    for _ in range(50):
+        optimizer.observe_loss(tf.reduce_sum(curvature * w.value**2) / 2)
+        optimizer.apply([curvature * w.value], [w])
+        assert optimizer.diagnostics()["cosine"] > 0
+
+
+NOT_FINITE = (np.nan, np.inf, -np.inf)
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_non_finite_update_leaves_every_bit_alone(where, bad, graph, rng):
+    shapes = [(3, 2), (4,)]
+    variables = [keras.Variable(rng.normal(size=s).astype("float32")) for s in shapes]
+    optimizer = NLCG(0.1, lars_coefficient=0.1, weight_decay=0.1, use_ema=True)
+
+    def step(gradients, loss):
+        optimizer.observe_loss(loss)
+        optimizer.apply(gradients, variables)
+
+    if graph:
+        optimizer.build(variables)
+        step = tf.function(step)
+
+    def gradients():
+        return [tf.constant(rng.normal(size=s), tf.float32) for s in shapes]
+
+    for loss in (1.0, 0.9):
+        step(gradients(), tf.constant(loss))
+    watched = [*variables, *optimizer.variables]
+    watched = [v for v in watched if v.path.split("/")[-1] not in COUNTERS]
+    before = [v.numpy().tobytes() for v in watched]
+    poisoned, loss = gradients(), 0.8
+    if where == "gradient":
+        poisoned[1] = tf.constant([0.0, 0.0, bad, 0.0])
+    else:
+        loss = bad
+    step(poisoned, tf.constant(loss, tf.float32))
+    for variable, bits in zip(watched, before):
+        assert variable.numpy().tobytes() == bits, variable.path
+    assert optimizer.diagnostics()["skipped_updates"] == 1
+    assert optimizer.diagnostics()["updates"] == 2
+    step(gradients(), tf.constant(0.7))
+    assert optimizer.diagnostics()["updates"] == 3
+
+
+# What a skipped update may change: the counters of attempts, and the loss that was observed.
+COUNTERS = ("iteration", "skipped_updates", "last_update_applied", "observed_loss")
+
+
+def test_huge_and_tiny_gradients_do_not_poison_the_state():
+    """Squares of 1e25 overflow float32, those of 1e-30 vanish; neither may leave a NaN."""
+    for magnitude in (1e25, 1e-30, 1e-42):
+        variable = keras.Variable([1.0, 2.0, 3.0])
+        optimizer = NLCG(1e-3, "polak_ribiere", line_search=None)
+        for sign in (1.0, -1.0, 1.0):
+            optimizer.apply([tf.constant([magnitude, 0.0, sign * magnitude])], [variable])
+        state = flat([v.numpy() for v in [variable, *optimizer.slots["hessian_diagonal"]]])
+        assert np.isfinite(state).all(), magnitude
+
+
+def test_same_bits_for_any_number_of_threads(tmp_path):
+    """The fixed-order sums promise it; each thread count needs a process of its own."""
+    import subprocess
+    import sys
+
+    script = """
+import sys
+import numpy as np, keras, tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+from nlcg_tf import NLCG
+rng = np.random.default_rng(0)
+variables = [keras.Variable(rng.normal(size=n).astype("float32")) for n in (1000003, 4097, 63)]
+optimizer = NLCG(0.01, "polak_ribiere", line_search=None)
+for _ in range(5):
+    gradients = [tf.constant(rng.normal(size=v.shape), tf.float32) for v in variables]
+    optimizer.apply(gradients, variables)
+import hashlib
+bits = b"".join(v.numpy().tobytes() for v in [*variables, *optimizer.variables])
+print(hashlib.sha256(bits).hexdigest())
+"""
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script, str(threads)], capture_output=True, text=True, check=True
+        ).stdout
+        for threads in (1, 2, 7)
+    }
+    assert len(digests) == 1
