@@ -30,7 +30,6 @@ command -v "$PYTHON" > /dev/null || fail "$PYTHON not found: install Python 3.10
   || fail "$("$PYTHON" --version) found, TensorFlow 2.21 needs Python 3.10 to 3.13: set PYTHON=python3.11, say"
 "$PYTHON" -c 'import ensurepip, venv' 2> /dev/null || fail "Python's venv module not found: apt install python3-venv"
 command -v g++ > /dev/null || fail "g++ not found: apt install g++"
-command -v make > /dev/null || fail "make not found: apt install make"
 command -v cmake > /dev/null || fail "cmake not found: apt install cmake"
 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 [ "$free" -ge 5 ] || fail "$free GiB free here, 5 GiB needed for TensorFlow and the Horovod build"
@@ -42,7 +41,7 @@ if ! "$venv/bin/python" -c '' 2> /dev/null; then
 fi
 say "installing TensorFlow, nlcg_tf and what the trainers and tests need"
 # Horovod's build still imports pkg_resources, which setuptools dropped in version 81.
-python -m pip install --quiet --upgrade pip 'setuptools<81' wheel packaging
+python -m pip install --quiet --upgrade pip 'setuptools<81' wheel packaging ninja
 python -m pip install --quiet --editable '.[trainers,test]'
 
 versions=$(python - << 'PY'
@@ -68,7 +67,8 @@ if ! ls "$cache"/*.whl > /dev/null 2>&1; then
     # Horovod's XLA adapter does not compile against TensorFlow 2.21; nothing here uses it.
     sed -i '/xla_mpi_ops.cc/d' "horovod-$HOROVOD/horovod/tensorflow/CMakeLists.txt"
     export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1
-    export CMAKE_POLICY_VERSION_MINIMUM=3.5 MAKEFLAGS=-j$(nproc)
+    # Ninja comes from PyPI, make may be missing; setting MAKEFLAGS keeps Horovod from adding -j8.
+    export CMAKE_POLICY_VERSION_MINIMUM=3.5 CMAKE_GENERATOR=Ninja MAKEFLAGS=-j$(nproc)
     if [ "$mpi" = none ]; then export HOROVOD_WITHOUT_MPI=1; else export HOROVOD_WITH_MPI=1; fi
     python -m pip wheel --no-deps --no-build-isolation -w "$work/wheel" "./horovod-$HOROVOD"
     mv "$work"/wheel/*.whl "$cache"

@@ -72,7 +72,7 @@ class Reporter(Silent):
     def begin_epoch(self, epoch, updates, done):
         if self.terminal:
             self.say(f"Epoch {epoch + 1}/{self.epochs}")
-            self._bar = keras.utils.Progbar(updates, stateful_metrics=None)
+            self._bar = keras.utils.Progbar(updates)
             self._done = done
 
     def step(self, record, shown):
@@ -80,12 +80,10 @@ class Reporter(Silent):
             self._write({"type": "step", **record})
         if self.terminal:
             self._done += 1
-            self._bar.update(self._done, shown, finalize=False)
+            self._bar.update(self._done, shown)
 
     def epoch(self, record):
         self._write({"type": "epoch", **record})
-        if self.terminal:
-            print()
         self.say(
             f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  "
             f"top-1 {record['top1']:.2%}  top-5 {record['top5']:.2%}  "
