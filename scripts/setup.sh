@@ -41,8 +41,8 @@ if ! "$venv/bin/python" -c '' 2> /dev/null; then
 fi
 say "installing TensorFlow, nlcg_tf and what the trainers and tests need"
 # Horovod's build still imports pkg_resources, which setuptools dropped in version 81.
-python -m pip install --quiet --upgrade pip 'setuptools<81' wheel packaging ninja
-python -m pip install --quiet --editable '.[trainers,test]'
+python -m pip install -qq --upgrade pip 'setuptools<81' wheel packaging ninja
+python -m pip install -qq --editable '.[trainers,test]'
 
 versions=$(python - << 'PY'
 import importlib.metadata, sys
@@ -67,7 +67,8 @@ if ! ls "$cache"/*.whl > /dev/null 2>&1; then
     # Horovod's XLA adapter does not compile against TensorFlow 2.21; nothing here uses it.
     sed -i '/xla_mpi_ops.cc/d' "horovod-$HOROVOD/horovod/tensorflow/CMakeLists.txt"
     export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITH_GLOO=1
-    # Ninja comes from PyPI, make may be missing; setting MAKEFLAGS keeps Horovod from adding -j8.
+    # Ninja comes from PyPI, make may be missing; Horovod's options for make are not for it.
+    sed -i "s/make_args.append('VERBOSE=1')/pass/" "horovod-$HOROVOD/setup.py"
     export CMAKE_POLICY_VERSION_MINIMUM=3.5 CMAKE_GENERATOR=Ninja MAKEFLAGS=-j$(nproc)
     if [ "$mpi" = none ]; then export HOROVOD_WITHOUT_MPI=1; else export HOROVOD_WITH_MPI=1; fi
     python -m pip wheel --no-deps --no-build-isolation -w "$work/wheel" "./horovod-$HOROVOD"
@@ -79,8 +80,8 @@ if ! ls "$cache"/*.whl > /dev/null 2>&1; then
   fi
 fi
 say "installing Horovod from .cache"
-python -m pip install --quiet --force-reinstall --no-deps "$cache"/*.whl
-python -m pip install --quiet "$(ls "$cache"/*.whl)"
+python -m pip install -qq --force-reinstall --no-deps "$cache"/*.whl
+python -m pip install -qq "$(ls "$cache"/*.whl)"
 python -c 'import horovod.tensorflow' > /dev/null 2>&1 || fail "the Horovod build cannot be imported: remove .cache and run this again"
 echo "$key" > "$stamp"
 say "done (.venv, MPI: $mpi)"
