@@ -152,7 +152,6 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path):
             "--global_batch_size=100 is no",
         ),
         (["--depth=10"], "depth=10"),
-        (["--optimizer=momentum", "--update_rule=polak_ribiere"], "--update_rule is for"),
         (["--dataset=digits", "--data_dir=x"], "--dataset=digits comes with"),
         (["--dataset=cifar100", "--data_dir=/nowhere"], "cifar100 is not prepared"),
         (["--resume", "--output_dir=/nowhere"], "no checkpoint under /nowhere"),

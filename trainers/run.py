@@ -34,7 +34,6 @@ def run(task):
     cluster = workers.connect()
     rank, size = cluster.rank(), cluster.size()
     try:
-        settings.refuse_unused()
         task.check()
         plan = _plan(task, size)
         folder = pathlib.Path(FLAGS.output_dir or pathlib.Path("runs", _folder_name(task)))

@@ -45,16 +45,3 @@ def nlcg_arguments(default_line_search):
         "line_search": None if line_search == "none" else line_search,
         "lars_coefficient": FLAGS.lars_coefficient,
     }
-
-
-def refuse_unused():
-    """Refuses flags that the chosen optimizer would ignore.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    if FLAGS.optimizer == "nlcg":
-        return
-    for name in ("update_rule", "preconditioner", "line_search", "lars_coefficient"):
-        if FLAGS[name].present:
-            raise ValueError(f"--{name} is for --optimizer=nlcg, not {FLAGS.optimizer}")
