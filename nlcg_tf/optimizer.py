@@ -1,6 +1,7 @@
 """The NLCG optimizer (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886), composed of `keras.ops`."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from nlcg_tf import direction, loss_scaling, preconditioner
@@ -9,6 +10,10 @@ from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.reductions import all_finite, dot, total
 
 loss_scaling.forward_loss_to_inner_optimizer()
+
+# What the vectors of scalars hold; the state of the line search follows in `reals`.
+REALS = ("delta", "step_size", "beta", "curvature", "cosine")
+COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
 
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
@@ -98,7 +103,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         self.fused = fused
         if self.line_search is not None:
             # A custom loop may observe a loss before the first update builds the slots.
-            self.observed_loss = self._add_scalar("observed_loss", keras.config.floatx())
+            self.observed_loss = self._add_state("observed_loss", 0.0, keras.config.floatx())
         self._pending_loss = None
         self._loss_is_known = False
 
@@ -122,22 +127,17 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             self.trust_ratios = self.add_variable(
                 (len(var_list),), initializer="ones", dtype=self.compute_dtype, name="trust_ratios"
             )
-        reals = dict.fromkeys(("delta", "step_size", "beta", "curvature", "cosine"), 0.0)
-        if self.line_search is not None:
-            reals.update(self.line_search.initial_state())
-        counts = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
-        self.scalars = {
-            **{
-                name: self._add_scalar(name, self.compute_dtype, value)
-                for name, value in reals.items()
-            },
-            **{name: self._add_scalar(name, "int") for name in counts},
-        }
+        # Scalars lie together in two vectors: one to read, and one kernel to write, not a dozen.
+        state = self.line_search.initial_state() if self.line_search else {}
+        self._reals = [*REALS, *state]
+        initial = [*[0.0] * len(REALS), *state.values()]
+        self.reals = self._add_state("reals", initial, self.compute_dtype)
+        self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
 
-    def _add_scalar(self, name, dtype, value=0):
+    def _add_state(self, name, values, dtype):
         return self.add_variable(
-            (),
-            initializer=keras.initializers.Constant(value),
+            np.shape(values),
+            initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
             dtype=dtype,
             aggregation="only_first_replica",
             name=name,
@@ -204,7 +204,11 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             self.weight_decay if self.weight_decay and self._use_weight_decay(v) else None
             for v in trainable_variables
         ]
-        variables = {"weights": list(trainable_variables), "scalars": dict(self.scalars)}
+        variables = {
+            "weights": list(trainable_variables),
+            "reals": self.reals,
+            "counts": self.counts,
+        }
         for name, slot in self.slots.items():
             variables[name] = [slot[i] for i in indices]
         if self.lars_coefficient:
@@ -234,7 +238,9 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         epsilon = self.epsilon
         g, w = read(gradients), read(variables["weights"])
         d, g_prev = read(variables["direction"]), read(variables["previous_gradient"])
-        old = {name: ops.convert_to_tensor(v) for name, v in variables["scalars"].items()}
+        reals, counts = variables["reals"], variables["counts"]
+        old = dict(zip(self._reals, ops.unstack(ops.convert_to_tensor(reals), len(self._reals))))
+        old.update(zip(COUNTS, ops.unstack(ops.convert_to_tensor(counts), len(COUNTS))))
         learning_rate = ops.cast(learning_rate, self.compute_dtype)
         updates = old["updates"]
         first = updates == 0
@@ -304,15 +310,15 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             beta=beta,
             curvature=curvature,
             cosine=_cosine(g, d_new),
-            updates=updates + 1,
-            rejected_curvatures=old["rejected_curvatures"]
-            + ops.cast(ops.logical_not(first | accepted), updates.dtype),
         )
-        for name, value in new.items():
-            assign(variables["scalars"][name], value)
-        skipped = old["skipped_updates"] + ops.cast(keep, updates.dtype)
-        variables["scalars"]["skipped_updates"].assign(skipped)
-        variables["scalars"]["last_update_applied"].assign(ops.cast(applied, updates.dtype))
+        assign(reals, ops.stack([new[name] for name in self._reals]))
+        rejected = ops.logical_not(first | accepted)
+        done = {"updates": applied, "skipped_updates": keep}
+        done["rejected_curvatures"] = applied & rejected
+        changes = {name: ops.cast(flag, updates.dtype) for name, flag in done.items()}
+        new = {name: old[name] + change for name, change in changes.items()}
+        new["last_update_applied"] = changes["updates"]
+        counts.assign(ops.stack([new[name] for name in COUNTS]))
 
     def _trust_ratios(self, variables, indices):
         if not self.lars_coefficient:
@@ -327,8 +333,8 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
 
     def _update_flags(self):
         is_update, _ = super()._update_flags()
-        applied = ops.equal(self.scalars["last_update_applied"], 1)
-        return is_update & applied, ops.equal(self.scalars["updates"], 1)
+        counts = dict(zip(COUNTS, ops.unstack(ops.convert_to_tensor(self.counts), len(COUNTS))))
+        return is_update & (counts["last_update_applied"] == 1), counts["updates"] == 1
 
     def diagnostics(self):
         """What the last update did, as Python floats.
@@ -340,21 +346,12 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             "rejected_curvatures" (updates whose y^T s was too small to be trusted). All zero before
             the first update, but for the scale.
         """
-        names = (
-            "beta",
-            "step_size",
-            "learning_rate_scale",
-            "curvature",
-            "cosine",
-            "updates",
-            "skipped_updates",
-            "rejected_curvatures",
-        )
-        values = {name: 0.0 for name in names} | {"learning_rate_scale": 1.0}
-        scalars = self.scalars if self.built else {}
-        return values | {
-            name: float(ops.convert_to_numpy(scalars[name])) for name in names if name in scalars
-        }
+        shown = ("beta", "step_size", "learning_rate_scale", "curvature", "cosine", *COUNTS[:3])
+        values = {name: 0.0 for name in shown} | {"learning_rate_scale": 1.0}
+        if self.built:
+            values.update(zip(self._reals, ops.convert_to_numpy(self.reals).tolist()))
+            values.update(zip(COUNTS, ops.convert_to_numpy(self.counts).tolist()))
+        return {name: float(values[name]) for name in shown}
 
     def load_own_variables(self, store):
         """Restores the optimizer from a saved model.
