@@ -23,6 +23,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "AverageMovingStatistics",
     "BroadcastVariables",
     "DistributedOptimizer",
     "average_moving_statistics",
@@ -113,6 +114,8 @@ class _Distributed(CountsUpdates):
         return [None if g is None else next(averages) for g in grads]
 
     def _compress(self, gradient):
+        if gradient.dtype == tf.bfloat16:  # which Horovod's operations do not know
+            return tf.cast(gradient, tf.float32)
         if self._wire_dtype is None or gradient.dtype != tf.float32:
             return gradient
         return tf.cast(gradient, self._wire_dtype)
@@ -197,11 +200,37 @@ def check_identical(variables):
 
 
 class BroadcastVariables(keras.callbacks.Callback):
-    """Starts all workers from the model and optimizer state of worker `root_rank`."""
+    """Starts all workers from the model and optimizer state of worker `root_rank`.
+
+    Raises:
+        ValueError: when training begins, if the model is not built yet.
+    """
 
     def __init__(self, root_rank=0):
         super().__init__()
         self.root_rank = root_rank
 
     def on_train_begin(self, logs=None):
-        broadcast([*self.model.variables, *self.model.optimizer.variables], self.root_rank)
+        if not self.model.built:
+            raise ValueError(
+                "BroadcastVariables needs the variables before the first batch, but the model has "
+                "none yet. Begin it with a keras.Input, or call model.build(input_shape) before "
+                f"`fit`. Received: model={self.model.name!r}"
+            )
+        optimizer = self.model.optimizer
+        if not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
+        broadcast([*self.model.variables, *optimizer.variables], self.root_rank)
+
+
+class AverageMovingStatistics(keras.callbacks.Callback):
+    """Averages batch norm's moving statistics before each evaluation and at the end of an epoch.
+
+    Put it before callbacks that save the model.
+    """
+
+    def on_test_begin(self, logs=None):
+        average_moving_statistics(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        average_moving_statistics(self.model)

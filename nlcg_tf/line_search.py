@@ -11,6 +11,8 @@ what it returns for a loss that is not finite is dropped by the optimizer.
 """
 
 import dataclasses
+import math
+import numbers
 
 import keras
 from keras import ops
@@ -31,8 +33,8 @@ def get(identifier):
         return OnlineLineSearch()
     if identifier == "step":
         return StepLineSearch()
-    if isinstance(identifier, dict):
-        return keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, dict) and "class_name" in identifier:
+        return get(keras.saving.deserialize_keras_object(identifier))
     if not isinstance(identifier, (str, type)) and all(
         callable(getattr(identifier, name, None)) for name in ("initial_state", "update")
     ):
@@ -41,6 +43,14 @@ def get(identifier):
         "`line_search` must be 'online', 'step', None or an object of nlcg_tf.line_search. "
         f"Received: line_search={identifier!r}"
     )
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and type(value) is not bool and math.isfinite(value)
+
+
+def _is_fraction(value):
+    return _is_number(value) and 0 < value <= 1
 
 
 class _Settings:
@@ -54,8 +64,8 @@ class _Settings:
         return cls(**config)
 
     def _check(self, name, valid, condition):
-        if not valid:
-            value = getattr(self, name)
+        value = getattr(self, name)
+        if not valid(value):
             raise ValueError(f"`{name}` must {condition}. Received: {name}={value!r}")
 
     def _bounded(self, scale):
@@ -92,14 +102,15 @@ class OnlineLineSearch(_Settings):
     minimum_scale: float = 1e-4
 
     def __post_init__(self):
+        self._check("decrease_threshold", _is_number, "be a number")
         self._check(
             "increase_threshold",
-            self.increase_threshold <= self.decrease_threshold,
+            lambda x: _is_number(x) and x <= self.decrease_threshold,
             f"not exceed decrease_threshold={self.decrease_threshold!r}",
         )
-        self._check("decrease_factor", 0 < self.decrease_factor <= 1, "lie in (0, 1]")
-        self._check("increase_factor", self.increase_factor >= 1, "be at least 1")
-        self._check("minimum_scale", 0 < self.minimum_scale <= 1, "lie in (0, 1]")
+        self._check("decrease_factor", _is_fraction, "lie in (0, 1]")
+        self._check("increase_factor", lambda x: _is_number(x) and x >= 1, "be at least 1")
+        self._check("minimum_scale", _is_fraction, "lie in (0, 1]")
 
     def initial_state(self):
         return {"learning_rate_scale": 1.0, "previous_loss": 0.0}
@@ -149,13 +160,17 @@ class StepLineSearch(_Settings):
 
     def __post_init__(self):
         self.limits, self.factors = tuple(self.limits), tuple(self.factors)
-        self._check("period", isinstance(self.period, int) and self.period >= 1, "be an int >= 1")
-        self._check("smoothing", 0 <= self.smoothing < 1, "lie in [0, 1)")
-        self._check("limits", list(self.limits) == sorted(self.limits, reverse=True), "fall")
-        self._check("factors", len(self.factors) == len(self.limits), "have one entry for a limit")
-        self._check("factors", all(0 < f <= 1 for f in self.factors), "lie in (0, 1]")
-        self._check("increase_factor", self.increase_factor >= 1, "be at least 1")
-        self._check("minimum_scale", 0 < self.minimum_scale <= 1, "lie in (0, 1]")
+        self._check("period", lambda x: type(x) is int and x >= 1, "be an int >= 1")
+        self._check("smoothing", lambda x: _is_number(x) and 0 <= x < 1, "lie in [0, 1)")
+        self._check(
+            "limits",
+            lambda xs: all(map(_is_number, xs)) and list(xs) == sorted(xs, reverse=True),
+            "be numbers that fall",
+        )
+        self._check("factors", lambda xs: len(xs) == len(self.limits), "have one entry for a limit")
+        self._check("factors", lambda xs: all(map(_is_fraction, xs)), "lie in (0, 1]")
+        self._check("increase_factor", lambda x: _is_number(x) and x >= 1, "be at least 1")
+        self._check("minimum_scale", _is_fraction, "lie in (0, 1]")
 
     def initial_state(self):
         return {"learning_rate_scale": 1.0, "average_loss": 0.0, "compared_loss": 0.0}

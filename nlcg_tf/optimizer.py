@@ -1,19 +1,19 @@
-"""The NLCG optimizer (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886), composed of `keras.ops`."""
+"""The NLCG optimizer (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886)."""
+
+import logging
+import numbers
 
 import keras
 import numpy as np
 from keras import ops
 
-from nlcg_tf import direction, loss_scaling, preconditioner
+from nlcg_tf import composed, direction, fused, loss_scaling
 from nlcg_tf import line_search as line_searches
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.reductions import all_finite, dot, total
+from nlcg_tf.composed import COUNTS, REALS
 
 loss_scaling.forward_loss_to_inner_optimizer()
-
-# What the vectors of scalars hold; the state of the line search follows in `reals`.
-REALS = ("delta", "step_size", "beta", "curvature", "cosine")
-COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
+logger = logging.getLogger("nlcg_tf")
 
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
@@ -60,15 +60,17 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         lars_coefficient: float > 0 or `None`. If set, the step of each variable v is scaled by
             lars_coefficient * ||v|| / (||d_v|| + epsilon) (You et al. 2017), and by 1 where v is
             all zero, which would never leave zero otherwise.
-        fused: `"auto"`, `True` or `False`: whether to use the fused op. This version has none:
-            `True` raises.
+        fused: `"auto"`: the fused op where it can be used, the update composed of Keras operations
+            elsewhere (other backends, XLA, `tf.distribute` strategies, types other than float32 and
+            float64, an op that is not built); `True`: raise where it cannot; `False`: composed. The
+            logger "nlcg_tf" says at level DEBUG which path runs.
         name: string.
         **kwargs: every other argument of `keras.optimizers.Optimizer`, with its meaning.
 
     Raises:
         ValueError: for an argument outside its range; by a training step without a loss while a
             line search is on.
-        RuntimeError: for `fused=True`.
+        RuntimeError: by a training step where `fused=True` cannot be met.
     """
 
     def __init__(
@@ -89,11 +91,6 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         _check_positive("epsilon", epsilon)
         if lars_coefficient is not None:
             _check_positive("lars_coefficient", lars_coefficient)
-        if fused is True:
-            raise RuntimeError(
-                "`fused=True`: this version of nlcg_tf has no fused op. "
-                "Use fused='auto' or fused=False."
-            )
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.update_rule = update_rule
         self.preconditioner = preconditioner
@@ -105,7 +102,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             # A custom loop may observe a loss before the first update builds the slots.
             self.observed_loss = self._add_state("observed_loss", 0.0, keras.config.floatx())
         self._pending_loss = None
-        self._loss_is_known = False
+        self._loss_is_known = self._loss_comes_from_graph = False
 
     def build(self, var_list):
         """Creates the slots: three of the shape of each variable, and scalars."""
@@ -129,7 +126,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             )
         # Scalars lie together in two vectors: one to read, and one kernel to write, not a dozen.
         state = self.line_search.initial_state() if self.line_search else {}
-        self._reals = [*REALS, *state]
+        self.real_names = [*REALS, *state]
         initial = [*[0.0] * len(REALS), *state.values()]
         self.reals = self._add_state("reals", initial, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
@@ -153,14 +150,21 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
 
         Args:
             loss: scalar tensor or float. With several Horovod workers, this worker's own mean.
+
+        Raises:
+            ValueError: if `loss` is not a scalar.
         """
         if self.line_search is None:
             return
         loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
+        if len(loss.shape) != 0:
+            raise ValueError(f"`loss` must be a scalar. Received: shape={tuple(loss.shape)}")
         if keras.backend.backend() == "tensorflow":
-            from nlcg_tf.replicas import sum_over_replicas
+            from nlcg_tf import replicas
 
-            self._store_loss(sum_over_replicas([loss])[0])
+            self._store_loss(replicas.sum_over_replicas([loss])[0])
+            # What is traced once runs many times: from then on a graph brings the losses.
+            self._loss_comes_from_graph |= replicas.is_tracing()
         else:
             # A stateless training step keeps no assignment made outside `stateless_apply`.
             self._pending_loss = loss
@@ -183,7 +187,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             ValueError: if a line search is on and no loss was observed since the last call.
         """
         if self.line_search is not None:
-            if not self._loss_is_known:
+            if not (self._loss_is_known or self._loss_comes_from_graph):
                 raise ValueError(
                     "NLCG's line search has not seen the loss of this update. Call "
                     "`optimizer.observe_loss(loss)` before the gradients are applied, or turn it "
@@ -199,9 +203,9 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         """Left to the update, so that a skipped update leaves the weights alone."""
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        indices = [self._get_variable_index(v) for v in trainable_variables]
-        decays = [
-            self.weight_decay if self.weight_decay and self._use_weight_decay(v) else None
+        positions = [self._get_variable_index(v) for v in trainable_variables]
+        weight_decays = [
+            self.weight_decay if self.weight_decay and self._use_weight_decay(v) else 0.0
             for v in trainable_variables
         ]
         variables = {
@@ -210,17 +214,18 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             "counts": self.counts,
         }
         for name, slot in self.slots.items():
-            variables[name] = [slot[i] for i in indices]
+            variables[name] = [slot[i] for i in positions]
         if self.lars_coefficient:
             variables["trust_ratios"] = self.trust_ratios
         if self.line_search is not None:
             variables["loss"] = self.observed_loss
 
-        learning_rate = ops.convert_to_tensor(learning_rate)
-
         def update(tensors, variables):
-            self._update(tensors[:-1], variables, tensors[-1], indices, decays)
+            *gradients, learning_rate = tensors
+            path = self._path(gradients, variables["weights"])
+            path.update(self, gradients, learning_rate, variables, positions, weight_decays)
 
+        learning_rate = ops.convert_to_tensor(learning_rate)
         if keras.backend.backend() == "tensorflow":
             from nlcg_tf import replicas
 
@@ -229,107 +234,15 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         else:
             update([*grads, learning_rate], variables)
 
-    def _update(self, gradients, variables, learning_rate, indices, decays):
-        """One update of section 2 of the paper: reads the variables, computes, assigns."""
-
-        def read(xs):
-            return [ops.cast(x, self.compute_dtype) for x in xs]
-
-        epsilon = self.epsilon
-        g, w = read(gradients), read(variables["weights"])
-        d, g_prev = read(variables["direction"]), read(variables["previous_gradient"])
-        reals, counts = variables["reals"], variables["counts"]
-        old = dict(zip(self._reals, ops.unstack(ops.convert_to_tensor(reals), len(self._reals))))
-        old.update(zip(COUNTS, ops.unstack(ops.convert_to_tensor(counts), len(COUNTS))))
-        learning_rate = ops.cast(learning_rate, self.compute_dtype)
-        updates = old["updates"]
-        first = updates == 0
-
-        # Preconditioner
-        if self.preconditioner:
-            h_before = read(variables["hessian_diagonal"])
-            ratios = self._trust_ratios(variables, indices)
-            y = [g_i - p_i for g_i, p_i in zip(g, g_prev)]
-            s = [old["step_size"] * r_i * d_i for r_i, d_i in zip(ratios, d)]
-            h, curvature, accepted = preconditioner.bfgs(h_before, y, s, epsilon)
-        else:
-            h_before = h = [ops.ones_like(w_i) for w_i in w]
-            curvature, accepted = ops.zeros_like(old["curvature"]), True
-
-        # Direction
-        z = [-g_i / (h_i + epsilon) for g_i, h_i in zip(g, h)]
-        delta_new = -dot(g, z)
-        delta_mid = None
-        if self.update_rule == "polak_ribiere":
-            delta_mid = dot(g, [p_i / (h_i + epsilon) for p_i, h_i in zip(g_prev, h_before)])
-        beta = direction.RULES[self.update_rule](delta_new, delta_mid, old["delta"], epsilon)
-        beta = ops.where(first, ops.zeros_like(beta), beta)
-        d_new = [z_i + beta * d_i for z_i, d_i in zip(z, d)]
-
-        # Line search
-        new, scale, finite = {}, 1.0, []
-        if self.line_search is not None:
-            loss = ops.cast(variables["loss"], self.compute_dtype)
-            new = self.line_search.update(
-                {name: old[name] for name in self.line_search.initial_state()}, loss, updates
-            )
-            scale, finite = new["learning_rate_scale"], [loss]
-
-        # Step
-        alpha = learning_rate * scale
-        if self.lars_coefficient:
-            ratios = [self._trust_ratio(w_i, d_i) for w_i, d_i in zip(w, d_new)]
-            steps = [alpha * r_i for r_i in ratios]
-        else:
-            steps = [alpha] * len(w)
-        w_new = [
-            (w_i if decay is None else w_i - w_i * decay * learning_rate) + step_i * d_i
-            for w_i, d_i, step_i, decay in zip(w, d_new, steps, decays)
-        ]
-
-        applied = all_finite([*g, *finite, alpha])
-        keep = ops.logical_not(applied)
-
-        def assign(variable, value):
-            value = ops.cast(value, variable.dtype)
-            variable.assign(ops.where(applied, value, ops.convert_to_tensor(variable)))
-
-        slots = {"weights": w_new, "direction": d_new, "previous_gradient": g}
-        if self.preconditioner:
-            slots["hessian_diagonal"] = h
-        for name, values in slots.items():
-            for variable, value in zip(variables[name], values):
-                assign(variable, value)
-        if self.lars_coefficient:
-            by_index = dict(zip(indices, ratios))
-            rows = [by_index.get(i, row) for i, row in enumerate(ops.unstack(self.trust_ratios))]
-            assign(variables["trust_ratios"], ops.stack(rows))
-        new.update(
-            delta=delta_new,
-            step_size=alpha,
-            beta=beta,
-            curvature=curvature,
-            cosine=_cosine(g, d_new),
-        )
-        assign(reals, ops.stack([new[name] for name in self._reals]))
-        rejected = ops.logical_not(first | accepted)
-        done = {"updates": applied, "skipped_updates": keep}
-        done["rejected_curvatures"] = applied & rejected
-        changes = {name: ops.cast(flag, updates.dtype) for name, flag in done.items()}
-        new = {name: old[name] + change for name, change in changes.items()}
-        new["last_update_applied"] = changes["updates"]
-        counts.assign(ops.stack([new[name] for name in COUNTS]))
-
-    def _trust_ratios(self, variables, indices):
-        if not self.lars_coefficient:
-            return [1.0] * len(indices)
-        rows = ops.unstack(ops.convert_to_tensor(variables["trust_ratios"]))
-        return [rows[i] for i in indices]
-
-    def _trust_ratio(self, w, d):
-        norm = ops.sqrt(total(w * w))
-        ratio = self.lars_coefficient * norm / (ops.sqrt(total(d * d)) + self.epsilon)
-        return ops.where(norm > 0, ratio, ops.ones_like(ratio))
+    def _path(self, gradients, weights):
+        """The module that does this update: `nlcg_tf.fused` where it can, or `nlcg_tf.composed`."""
+        if self.fused is False:
+            return composed
+        reason = fused.why_not(self, gradients, weights)
+        if self.fused is True and reason:
+            raise RuntimeError(f"`fused=True`: {reason}")
+        logger.debug("NLCG update: %s", f"composed path, {reason}" if reason else "fused op")
+        return composed if reason else fused
 
     def _update_flags(self):
         is_update, _ = super()._update_flags()
@@ -349,17 +262,26 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         shown = ("beta", "step_size", "learning_rate_scale", "curvature", "cosine", *COUNTS[:3])
         values = {name: 0.0 for name in shown} | {"learning_rate_scale": 1.0}
         if self.built:
-            values.update(zip(self._reals, ops.convert_to_numpy(self.reals).tolist()))
+            values.update(zip(self.real_names, ops.convert_to_numpy(self.reals).tolist()))
             values.update(zip(COUNTS, ops.convert_to_numpy(self.counts).tolist()))
         return {name: float(values[name]) for name in shown}
 
     def load_own_variables(self, store):
         """Restores the optimizer from a saved model.
 
+        An optimizer without slots yet, or a file without optimizer state, is what Keras makes of
+        it: a warning, and the weights alone are loaded.
+
         Raises:
             ValueError: if the saved state does not fit, where Keras would only warn.
         """
-        if len(store.keys()) != len(self.variables):
+        unbuilt = 3 if self.line_search else 2
+        if self.built and len(store.keys()) == unbuilt:
+            # Saved before the first update: there are no slots to restore.
+            for i, variable in enumerate(self.variables[:unbuilt]):
+                variable.assign(store[str(i)])
+            return
+        if self.built and store.keys() and len(store.keys()) != len(self.variables):
             raise ValueError(
                 f"The saved state of optimizer '{self.name}' has {len(store.keys())} variables, "
                 f"but this optimizer has {len(self.variables)}. Were update_rule, preconditioner, "
@@ -381,17 +303,12 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         return config
 
 
-def _cosine(g, d):
-    norms = ops.sqrt(dot(g, g)) * ops.sqrt(dot(d, d))
-    return ops.where(norms > 0, -dot(g, d) / norms, ops.zeros_like(norms))
-
-
 def _check(name, value, choices):
-    if value not in choices:
+    if not any(value is choice or (value == choice and type(value) is str) for choice in choices):
         options = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {options}. Received: {name}={value!r}")
 
 
 def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1e30:
         raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")

@@ -19,6 +19,11 @@ def sum_over_replicas(tensors):
     return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
 
+def is_tracing():
+    """Whether a `tf.function` is being traced."""
+    return not tf.executing_eagerly()
+
+
 def update_each(update, tensors, variables):
     """Calls `update(tensors, variables)` once on each replica's own copies.
 

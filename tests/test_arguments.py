@@ -24,6 +24,8 @@ from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
         {"lars_coefficient": -0.1},
         {"lars_coefficient": True},
         {"fused": "yes"},
+        {"fused": 1},
+        {"line_search": {}},
     ],
     ids=str,
 )
@@ -34,11 +36,6 @@ def test_nlcg_names_the_bad_argument(arguments):
     assert repr(value) in str(error.value)
 
 
-def test_there_is_no_fused_op_yet():
-    with pytest.raises(RuntimeError, match="fused=True"):
-        NLCG(fused=True)
-
-
 @pytest.mark.parametrize(
     "make, name",
     [
@@ -46,7 +43,11 @@ def test_there_is_no_fused_op_yet():
         (lambda: OnlineLineSearch(decrease_factor=1.5), "decrease_factor"),
         (lambda: OnlineLineSearch(increase_factor=0.5), "increase_factor"),
         (lambda: OnlineLineSearch(minimum_scale=0), "minimum_scale"),
+        (lambda: OnlineLineSearch(increase_factor=float("inf")), "increase_factor"),
+        (lambda: OnlineLineSearch(decrease_threshold="x"), "decrease_threshold"),
         (lambda: StepLineSearch(period=0), "period"),
+        (lambda: StepLineSearch(period=True), "period"),
+        (lambda: NLCG().observe_loss(keras.ops.ones(3)), "loss"),
         (lambda: StepLineSearch(smoothing=1.0), "smoothing"),
         (lambda: StepLineSearch(limits=(1.0, 1.1), factors=(1.0, 1.0)), "limits"),
         (lambda: StepLineSearch(limits=(1.1,)), "factors"),

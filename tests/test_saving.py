@@ -111,6 +111,28 @@ def test_a_saved_state_that_does_not_fit_is_an_error(other, tmp_path):
         tf.train.Checkpoint(optimizer=stranger.optimizer).read(path).assert_consumed()
 
 
+def test_weights_can_be_loaded_where_there_is_no_optimizer_state(tmp_path):
+    """An untrained model, weights of a model without optimizer, a model not trained yet."""
+    untrained = regression_model()
+    untrained.compile(optimizer=NLCG(0.1), loss="mse")
+    untrained.save(tmp_path / "untrained.keras")
+    loaded = keras.models.load_model(tmp_path / "untrained.keras")
+    train(loaded, 0, 2)
+
+    plain = regression_model(seed=5)
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    loaded.load_weights(tmp_path / "plain.weights.h5")
+    for expected, actual in zip(plain.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(expected, actual)
+
+    loaded.save_weights(tmp_path / "trained.weights.h5")
+    fresh = regression_model()
+    fresh.compile(optimizer=NLCG(0.1), loss="mse")
+    fresh.load_weights(tmp_path / "trained.weights.h5")
+    for expected, actual in zip(plain.get_weights(), fresh.get_weights()):
+        np.testing.assert_array_equal(expected, actual)
+
+
 def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
     model = compiled_model({})
     train(model, 0, 2)

@@ -154,6 +154,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path):
         (["--depth=10"], "depth=10"),
         (["--dataset=digits", "--data_dir=x"], "--dataset=digits comes with"),
         (["--dataset=cifar100", "--data_dir=/nowhere"], "cifar100 is not prepared"),
+        (["--output_dir=/dev/null/run"], "/dev/null/run"),
         (["--resume", "--output_dir=/nowhere"], "no checkpoint under /nowhere"),
         (["--epochs=0"], "flag --epochs=0"),
         (["--optimizer=lion"], "--optimizer=lion"),
@@ -163,7 +164,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_wrong_flag_gets_one_clear_line(flags, message, tmp_path):
-    output = [] if "--resume" in flags else [f"--output_dir={tmp_path / 'run'}"]
+    output = [] if "--output_dir" in " ".join(flags) else [f"--output_dir={tmp_path / 'run'}"]
     result = run([*TRAINER, *flags, *output])
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
@@ -181,6 +182,8 @@ def test_a_killed_run_goes_on_with_resume(tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"type": "step", "upd')  # a kill in the middle of a line
 
     again = run(command)
     assert again.returncode == 2 and "holds a run: pass --resume" in again.stderr
@@ -192,8 +195,15 @@ def test_a_killed_run_goes_on_with_resume(tmp_path):
     assert epochs == [1, 2, 3, 4]
     updates = [record["update"] for record in records if record["type"] == "step"]
     assert updates == sorted(set(updates))
-    summary = json.loads((folder / "summary.json").read_text())
+    first = (folder / "summary.json").read_text()
+    summary = json.loads(first)
     assert summary["updates"] == 20
+    # A finished run has nothing to do, and one with other flags is another run.
+    finished = run([*command, "--resume"])
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((folder / "summary.json").read_text())["top1"] == summary["top1"]
+    other = run([*command, "--resume", "--seed=5"])
+    assert other.returncode == 2 and "--seed was 0, is 5" in other.stderr
     described = json.loads((folder / "flags.json").read_text())
     assert described["flags"]["epochs"] == 4 and described["versions"]["tensorflow"]
     for name in ("curves.png", "checkpoints", "tensorboard"):

@@ -103,6 +103,15 @@ def test_a_loss_observed_eagerly_reaches_a_compiled_update():
     assert optimizer.diagnostics()["learning_rate_scale"] == pytest.approx(0.975**2)
 
 
+def test_a_loss_observed_in_a_graph_reaches_an_eager_update():
+    variable, optimizer = keras.Variable([1.0, 2.0]), NLCG(0.1)
+    observe = tf.function(lambda loss: optimizer.observe_loss(loss))
+    for loss in (1.0, 2.0, 3.0):
+        observe(tf.constant(loss))
+        optimizer.apply([tf.constant([0.1, 0.1])], [variable])
+    assert optimizer.diagnostics()["learning_rate_scale"] == pytest.approx(0.975**2)
+
+
 def test_a_missing_loss_is_an_error_that_shows_the_way_out():
     variable, optimizer = keras.Variable([1.0]), NLCG(0.1)
     with pytest.raises(ValueError, match=r"observe_loss[^$]*line_search=None"):
@@ -140,7 +149,7 @@ def test_mixed_precision(policy, jit_compile):
     assert wrapped == (policy == "mixed_float16")
     assert relative_difference(weights_of(model) - start, oracle.w - start) < 0.03
     assert optimizer.diagnostics()["updates"] == UPDATES
-    observed = optimizer.reals.numpy()[optimizer._reals.index("previous_loss")]
+    observed = optimizer.reals.numpy()[optimizer.real_names.index("previous_loss")]
     assert observed == pytest.approx(oracle.previous_loss, rel=0.02)
 
 

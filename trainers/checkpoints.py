@@ -57,6 +57,10 @@ class Checkpoints:
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise ValueError(f"checkpoint {path} does not fit this run: {error}") from error
+        return self.meta(path)
+
+    def meta(self, path):
+        """The JSON object that was saved with the checkpoint at `path`."""
         return json.loads((path / META).read_text())
 
 

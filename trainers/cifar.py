@@ -32,6 +32,10 @@ class Cifar:
     def default_line_search(self):
         return "online" if FLAGS.global_batch_size >= LINE_SEARCH_FROM else "none"
 
+    @property
+    def identity(self):
+        return {"dataset": FLAGS.dataset, "depth": FLAGS.depth}
+
     def check(self):
         models.check_depth(FLAGS.depth)
         if FLAGS.dataset == "digits" and (FLAGS.data_dir or FLAGS.download):

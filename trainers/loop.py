@@ -118,7 +118,9 @@ class Trainer:
             variable.assign(value)
 
 
-def train(trainer, training_batches, test_batches, workers, reporter, checkpoints, log_steps):
+def train(
+    trainer, training_batches, test_batches, workers, reporter, checkpoints, log_steps, resumed
+):
     """Trains from the trainer's current update to the end of its plan.
 
     Args:
@@ -129,11 +131,13 @@ def train(trainer, training_batches, test_batches, workers, reporter, checkpoint
         reporter: see `trainers.reporting`.
         checkpoints: a `Checkpoints` on worker 0, `None` elsewhere.
         log_steps: int, updates between two logged steps.
+        resumed: dict to be saved with each checkpoint; its "record" is that of the last epoch
+            before training goes on.
 
     Returns:
         The summary of the run, a dict.
     """
-    plan, began, record = trainer.plan, time.perf_counter(), {}
+    plan, began, record = trainer.plan, time.perf_counter(), resumed.get("record", {})
     done = int(trainer.updates.numpy())
     for epoch in range(done // plan.updates_per_epoch, plan.epochs):
         first = done - epoch * plan.updates_per_epoch
@@ -141,12 +145,16 @@ def train(trainer, training_batches, test_batches, workers, reporter, checkpoint
         epoch_began = time.perf_counter()
         batches = iter(training_batches(epoch, first))
         for _ in range(first, plan.updates_per_epoch):
-            rate = trainer.learning_rate()
             for _ in range(plan.micro_steps):
                 trainer.micro_step(*next(batches))
-            loss = trainer.apply()
             done += 1
-            _report_step(trainer, reporter, epoch, done, loss, rate, log_steps)
+            logged = done % log_steps == 0 or done == 1
+            # Reading a value makes the host wait for the device: only where it is shown.
+            rate = trainer.learning_rate() if logged else None
+            loss = trainer.apply()
+            if logged:
+                reporter.step(_step_record(trainer, epoch, done, loss, rate))
+            reporter.progress(loss)
             if done == 1:
                 workers.check_identical(_without_statistics(trainer))
         seconds = time.perf_counter() - epoch_began
@@ -159,7 +167,7 @@ def train(trainer, training_batches, test_batches, workers, reporter, checkpoint
         reporter.epoch(record)
         trainer.epoch_sums.assign(tf.zeros_like(trainer.epoch_sums))
         if checkpoints is not None:
-            checkpoints.save(done, {"epoch": epoch + 1, "record": record})
+            checkpoints.save(done, {**resumed, "record": record})
     return {
         "updates": done,
         "seconds": time.perf_counter() - began,
@@ -170,14 +178,11 @@ def train(trainer, training_batches, test_batches, workers, reporter, checkpoint
     }
 
 
-def _report_step(trainer, reporter, epoch, done, loss, rate, log_steps):
-    logged = done % log_steps == 0 or done == 1
-    if not logged and not getattr(reporter, "terminal", False):
-        return  # reading the loss would make the host wait for the device
+def _step_record(trainer, epoch, done, loss, rate):
     record = {"epoch": epoch + 1, "update": done, "loss": float(loss), "learning_rate": rate}
     if hasattr(trainer.optimizer, "diagnostics"):
         record.update(trainer.optimizer.diagnostics())
-    reporter.step(record if logged else None, [("loss", record["loss"])])
+    return record
 
 
 def _evaluate(trainer, test_batches, workers):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import subprocess
@@ -22,7 +23,10 @@ class Silent:
     def begin_epoch(self, epoch, updates, done):
         pass
 
-    def step(self, record, shown):
+    def progress(self, loss):
+        pass
+
+    def step(self, record):
         pass
 
     def epoch(self, record):
@@ -58,10 +62,12 @@ class Reporter(Silent):
         self.folder.mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
-            # A resumed run writes again what came after its checkpoint.
-            kept = [json.loads(line) for line in metrics.read_text().splitlines()]
-            self.records = [record for record in kept if record["update"] <= first_update]
-        metrics.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            # A resumed run writes again what came after its checkpoint; a killed one may have left
+            # half a line.
+            self.records = [r for r in _parsed(metrics) if r["update"] <= first_update]
+        partial = metrics.with_suffix(".partial")
+        partial.write_text("".join(_line(record) for record in self.records))
+        partial.replace(metrics)
         description = {"flags": flags, "versions": versions(), "git_revision": git_revision()}
         (self.folder / "flags.json").write_text(json.dumps(description, indent=2) + "\n")
         self._metrics = metrics.open("a")
@@ -75,12 +81,13 @@ class Reporter(Silent):
             self._bar = keras.utils.Progbar(updates)
             self._done = done
 
-    def step(self, record, shown):
-        if record is not None:
-            self._write({"type": "step", **record})
+    def progress(self, loss):
         if self.terminal:
             self._done += 1
-            self._bar.update(self._done, shown)
+            self._bar.update(self._done, [("loss", float(loss))])
+
+    def step(self, record):
+        self._write({"type": "step", **record})
 
     def epoch(self, record):
         self._write({"type": "epoch", **record})
@@ -95,19 +102,39 @@ class Reporter(Silent):
     def finish(self, summary):
         self._metrics.close()
         self._board.close()
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
         plot_curves(self.records, self.folder / "curves.png")
+        if not math.isfinite(summary["loss"]):
+            self.say("warning: training diverged, the loss is not finite")
         self.say(f"done: top-1 {summary['top1']:.2%} after {summary['updates']} updates")
         self.say(f"run folder: {self.folder}")
 
     def _write(self, record):
         self.records.append(record)
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(_line(record))
         self._metrics.flush()
         with self._board.as_default(step=record["update"]):
             for name, value in record.items():
                 if isinstance(value, float):
                     tf.summary.scalar(f"{record['type']}/{name}", value)
+
+
+def _finite(record):
+    """JSON has no NaN: such values become null."""
+    bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**record, **dict.fromkeys(bad)}
+
+
+def _line(record):
+    return json.dumps(_finite(record)) + "\n"
+
+
+def _parsed(path):
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
 
 
 def versions():
@@ -138,8 +165,13 @@ def plot_curves(records, path):
     steps = [r for r in records if r["type"] == "step"]
     epochs = [r for r in records if r["type"] == "epoch"]
     figure, (loss, accuracy, rate) = pyplot.subplots(1, 3, figsize=(13, 3.6))
-    loss.plot([r["update"] for r in steps], [r["loss"] for r in steps], lw=0.8, label="update")
-    loss.plot([r["update"] for r in epochs], [r["loss"] for r in epochs], "k-", label="epoch mean")
+    number = lambda x: math.nan if x is None else x  # noqa: E731
+    loss.plot(
+        [r["update"] for r in steps], [number(r["loss"]) for r in steps], lw=0.8, label="update"
+    )
+    loss.plot(
+        [r["update"] for r in epochs], [number(r["loss"]) for r in epochs], "k-", label="epoch mean"
+    )
     loss.set(xlabel="update", ylabel="training loss", yscale="log")
     loss.legend()
     for name, label, style in (

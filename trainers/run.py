@@ -24,6 +24,7 @@ def run(task):
             name                  string, names the default run folder
             examples              number of training images in an epoch
             default_line_search   "online" or "none", for --line_search=auto
+            identity              dict of its own flags that decide what a run computes
             check()               raises ValueError for flags that do not fit each other
             schedule(plan)        the learning-rate schedule
             load()                loads the data
@@ -43,6 +44,7 @@ def run(task):
     except (ValueError, FileNotFoundError) as error:
         _fail(error, rank)
 
+    identity = {**settings.identity(), **task.identity}
     keras.utils.set_random_seed(FLAGS.seed)
     model = task.model()
     optimizer = make_optimizer(
@@ -52,26 +54,36 @@ def run(task):
     optimizer = cluster.DistributedOptimizer(optimizer)
     trainer = loop.Trainer(model, optimizer, plan, FLAGS.jit_compile)
 
-    reporter, checkpoints = reporting.Silent(), None
+    reporter, checkpoints, resumed, failure = reporting.Silent(), None, {}, None
     if rank == 0:
         checkpoints = Checkpoints(folder / "checkpoints", **trainer.objects())
         reporter = reporting.Reporter(folder, plan.epochs)
-        if FLAGS.resume:
-            _restore(checkpoints, rank)
-        lines = _description(task, model, plan)
-        reporter.start(FLAGS.flag_values_dict(), lines, int(trainer.updates.numpy()))
+        try:
+            resumed = _restore(checkpoints, identity) if FLAGS.resume else {}
+            lines = _description(task, model, plan, resumed)
+            reporter.start(FLAGS.flag_values_dict(), lines, int(trainer.updates.numpy()))
+        except (ValueError, OSError) as error:
+            failure = error
+    # Horovod: if worker 0 cannot begin, all end
+    if sum(cluster.sum_over_workers([failure is not None])):
+        _fail(failure, rank)
     # Horovod: all workers start from worker 0's state
     cluster.broadcast([*trainer.variables(), trainer.updates, trainer.epoch_sums])
 
-    summary = loop.train(
-        trainer,
-        lambda epoch, first: task.training_batches(plan, rank, FLAGS.seed, epoch, first),
-        task.test_batches(rank, size),
-        cluster,
-        reporter,
-        checkpoints,
-        FLAGS.log_steps,
-    )
+    try:
+        summary = loop.train(
+            trainer,
+            lambda epoch, first: task.training_batches(plan, rank, FLAGS.seed, epoch, first),
+            task.test_batches(rank, size),
+            cluster,
+            reporter,
+            checkpoints,
+            FLAGS.log_steps,
+            {"identity": identity, **resumed},
+        )
+    except KeyboardInterrupt:
+        reporter.say("interrupted: the same command with --resume goes on from the last epoch")
+        raise SystemExit(130) from None
     reporter.finish({**summary, "parameters": _parameters(model), "seed": FLAGS.seed})
 
 
@@ -93,24 +105,33 @@ def _folder_name(task):
     return f"{task.name}-{FLAGS.optimizer}-{FLAGS.global_batch_size}-seed{FLAGS.seed}"
 
 
-def _restore(checkpoints, rank):
+def _restore(checkpoints, identity):
+    """Restores the newest checkpoint; returns what it says besides the state.
+
+    Raises:
+        ValueError: if there is none, or it is of a run with other flags.
+    """
     saved = checkpoints.all()
     if not saved:
-        _fail(f"--resume: no checkpoint under {checkpoints.folder}", rank)
-    try:
-        checkpoints.restore(saved[-1])
-    except ValueError as error:
-        _fail(error, rank)
-    print(f"resuming from {saved[-1]}", flush=True)
+        raise ValueError(f"--resume: no checkpoint under {checkpoints.folder}")
+    before = checkpoints.meta(saved[-1]).get("identity", {})
+    changed = [name for name, value in identity.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"--resume: {saved[-1]} is of a run with other flags: "
+            + ", ".join(f"--{name} was {before.get(name)}, is {identity[name]}" for name in changed)
+        )
+    return {**checkpoints.restore(saved[-1]), "path": str(saved[-1])}
 
 
-def _description(task, model, plan):
-    return [
+def _description(task, model, plan, resumed):
+    lines = [
         f"{task.name}: {_parameters(model):,} parameters, {task.examples:,} training images",
         f"{FLAGS.optimizer}: batch {plan.global_batch_size:,} = {plan.workers} worker(s) x "
         f"{plan.micro_steps} micro-step(s) x {plan.per_worker_batch_size:,}; "
         f"{plan.updates:,} updates in {plan.epochs} epochs",
     ]
+    return [*lines, f"resuming from {resumed['path']}"] if resumed else lines
 
 
 def _parameters(model):

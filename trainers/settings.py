@@ -36,6 +36,25 @@ flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in the run 
 flags.DEFINE_integer("log_steps", 10, "Updates between two logged steps.", lower_bound=1)
 
 
+# What decides the result of a run: none of these may change when it is resumed.
+DECISIVE = (
+    "weight_decay",
+    "global_batch_size",
+    "epochs",
+    "optimizer",
+    "update_rule",
+    "preconditioner",
+    "line_search",
+    "lars_coefficient",
+    "seed",
+)
+
+
+def identity():
+    """The shared flags that decide what a run computes, as a dict."""
+    return {name: FLAGS[name].value for name in DECISIVE}
+
+
 def nlcg_arguments(default_line_search):
     """The flags of NLCG as its keyword arguments."""
     line_search = FLAGS.line_search if FLAGS.line_search != "auto" else default_line_search

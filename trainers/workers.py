@@ -42,7 +42,7 @@ def connect():
     Raises:
         SystemExit: if a launcher started several processes that Horovod cannot connect.
     """
-    launched = max(int(os.environ.get(name, 1)) for name in SIZE_VARIABLES)
+    launched = max(int(os.environ.get(name) or 1) for name in SIZE_VARIABLES)
     if launched == 1:
         return OneProcess()
     from nlcg_tf import horovod

@@ -150,6 +150,36 @@ def check_what_is_refused():
     expect(RuntimeError, "jit_compile=False", lambda: model.fit(x, y, verbose=0))
 
 
+def check_a_model_that_is_not_built_cannot_be_broadcast():
+    x, y = regression_data(BATCH)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    callbacks = [hvd.BroadcastVariables()]
+    fit = lambda: model.fit(x, y, verbose=0, callbacks=callbacks)  # noqa: E731
+    expect(ValueError, "keras.Input", fit)
+
+
+def check_moving_statistics_are_averaged_by_the_callback():
+    x, y = regression_data(BATCH)
+    layers = [keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    callbacks = [hvd.BroadcastVariables(), hvd.AverageMovingStatistics()]
+    part = slice(hvd.rank() * BATCH // 2, (hvd.rank() + 1) * BATCH // 2)
+    model.fit(x[part], y[part], verbose=0, validation_data=(x, y), callbacks=callbacks)
+    hvd.check_identical([*model.variables, *optimizer.variables])
+
+
+def check_bfloat16_variables():
+    variable = keras.Variable([1.0, 2.0], dtype="bfloat16")
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1, line_search=None))
+    optimizer.apply([tf.cast([float(hvd.rank()), 1.0], tf.bfloat16)], [variable])
+    hvd.check_identical([variable, *optimizer.variables])
+    assert optimizer.diagnostics()["updates"] == 1
+
+
 def check_a_saved_model_loads_as_the_plain_class():
     x, y = regression_data(BATCH)
     model = regression_model()

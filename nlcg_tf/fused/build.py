@@ -1,0 +1,124 @@
+"""Builds the fused op for the TensorFlow that is installed: `python -m nlcg_tf.fused.build`.
+
+Needs g++ (or another compiler in CXX). `NLCG_CUDA=auto|0|1` leaves out or demands the GPU kernels;
+auto builds them when nvcc is found (in PATH, or in CUDA_HOME) and TensorFlow was built for CUDA.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).parent
+LIBRARY = "libnlcg_update.so"
+# No -ffast-math, which breaks the checks for NaN; no contraction to FMA: all machines round alike.
+FLAGS = ["-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi", "-Wno-deprecated-declarations"]
+ARCHITECTURES = [
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+]
+
+
+def build(folder=HERE):
+    """Builds the library into `folder`.
+
+    Args:
+        folder: path; by default beside this file, where it is looked for.
+
+    Returns:
+        The path of the library.
+
+    Raises:
+        RuntimeError: if a compiler is missing or fails; its output is in the message.
+    """
+    import tensorflow as tf
+
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise RuntimeError(f"compiler {compiler!r} not found: install g++ or set CXX")
+    nvcc = _nvcc(tf)
+    compile_flags = [*FLAGS, *tf.sysconfig.get_compile_flags()]
+    info = {
+        "tensorflow": tf.__version__,
+        "compiler": _first_line([*shlex.split(compiler), "--version"]),
+        # Without the paths of this machine, which say nothing on another.
+        "flags": " ".join(flag for flag in compile_flags if not flag.startswith("-I")),
+        "cuda": nvcc is not None,
+    }
+    with tempfile.TemporaryDirectory() as work:
+        objects, links = [], tf.sysconfig.get_link_flags()
+        defines = [f"-DNLCG_CUDA={int(nvcc is not None)}"]
+        if nvcc:
+            # The op sees the CUDA headers that TensorFlow was built with, the kernels nvcc's own.
+            headers = pathlib.Path(tf.sysconfig.get_include(), "third_party/gpus/cuda/include")
+            defines += ["-DEIGEN_USE_GPU", f"-I{headers}"]
+            objects.append(_object(work, "nlcg_update_cuda.cu"))
+            options = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC", *ARCHITECTURES]
+            _run([nvcc, *options, "-c", str(HERE / "nlcg_update_cuda.cu"), "-o", objects[-1]])
+            links = [*links, f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
+            links.append("-lpthread")
+        record = pathlib.Path(work, "nlcg_build_info.cc")
+        text = json.dumps(f"nlcg_build_info:{json.dumps(info)}")
+        record.write_text(f"extern __attribute__((used)) const char nlcg_build_info[] = {text};\n")
+        for source in (HERE / "nlcg_update_cpu.cc", HERE / "nlcg_update_op.cc", record):
+            objects.append(_object(work, source.name))
+            command = [*shlex.split(compiler), *compile_flags, *defines, f"-I{HERE}"]
+            _run([*command, "-c", str(source), "-o", objects[-1]])
+        finished = str(pathlib.Path(work, LIBRARY))
+        _run([*shlex.split(compiler), "-shared", *objects, "-o", finished, *links])
+        target = pathlib.Path(folder, LIBRARY)
+        # A process that has the old library loaded keeps it.
+        partial = target.with_suffix(".partial")
+        shutil.copyfile(finished, partial)
+        partial.replace(target)
+    return target
+
+
+def _nvcc(tf):
+    choice = os.environ.get("NLCG_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise RuntimeError(f"NLCG_CUDA must be auto, 0 or 1. Received: NLCG_CUDA={choice!r}")
+    places = (
+        [str(pathlib.Path(os.environ["CUDA_HOME"], "bin"))] if "CUDA_HOME" in os.environ else []
+    )
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    if choice == "1" and not (nvcc and tf.test.is_built_with_cuda()):
+        missing = "nvcc was not found" if not nvcc else "this TensorFlow is built without CUDA"
+        raise RuntimeError(f"NLCG_CUDA=1, but {missing}")
+    return nvcc if choice != "0" and tf.test.is_built_with_cuda() else None
+
+
+def _cuda_libraries(nvcc):
+    """The folder of nvcc's libraries; nvcc itself knows it, whatever script starts it."""
+    command = [nvcc, "--dryrun", "-c", str(HERE / "nlcg_update_cuda.cu")]
+    output = subprocess.run(command, capture_output=True, text=True)
+    top = re.search(r"TOP=(.+)", output.stdout + output.stderr)
+    if not top:
+        raise RuntimeError(f"{nvcc} does not tell where its libraries are")
+    return pathlib.Path(top[1].strip()).resolve() / "lib64"
+
+
+def _object(work, source):
+    return str(pathlib.Path(work, source).with_suffix(".o"))
+
+
+def _first_line(command):
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+def _run(command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{result.stdout}{result.stderr}")
+
+
+if __name__ == "__main__":
+    try:
+        print(f"built {build()}")
+    except RuntimeError as failure:
+        sys.exit(f"error: the fused op could not be built: {failure}")

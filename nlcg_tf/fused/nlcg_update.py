@@ -1,0 +1,151 @@
+"""Python side of the fused op: loads the library once, when it is first needed."""
+
+import functools
+import json
+import pathlib
+import re
+import warnings
+
+import keras
+
+from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
+
+LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
+BUILD_COMMAND = "python -m nlcg_tf.fused.build"
+LINE_SEARCHES = {type(None): "none", OnlineLineSearch: "online", StepLineSearch: "step"}
+
+
+@functools.cache
+def _load():
+    """Returns `(module, None)`, or `(None, why the op is not available)`."""
+    import tensorflow as tf
+
+    if not LIBRARY.is_file():
+        return None, f"the fused op is not built. Run `{BUILD_COMMAND}`"
+    built_for = _recorded().get("tensorflow")
+    if built_for != tf.__version__:
+        return None, (
+            f"the fused op was built for TensorFlow {built_for}, found {tf.__version__}. "
+            f"Run `{BUILD_COMMAND}`"
+        )
+    try:
+        return tf.load_op_library(str(LIBRARY)), None
+    except (tf.errors.OpError, OSError) as error:
+        return None, f"the fused op cannot be loaded ({error}). Run `{BUILD_COMMAND}`"
+
+
+def _recorded():
+    """What build.py wrote into the library; read from the file, for it may not load."""
+    if not LIBRARY.is_file():
+        return {}
+    found = re.search(rb"nlcg_build_info:(\{.*?\})\0", LIBRARY.read_bytes())
+    return json.loads(found[1]) if found else {}
+
+
+def is_available():
+    """Whether the fused op is built for this TensorFlow and can be loaded."""
+    return keras.backend.backend() == "tensorflow" and _load()[0] is not None
+
+
+def build_info():
+    """What the op was built with.
+
+    Returns:
+        dict with "available", "reason" (why not, or `None`), "library" (its path), "tensorflow"
+        (the version it was built for), "compiler", "flags" and "cuda" (whether it has GPU kernels);
+        the last four are missing where there is no library.
+    """
+    if keras.backend.backend() == "tensorflow":
+        reason = _load()[1]
+    else:
+        reason = f"the Keras backend is {keras.backend.backend()}, not tensorflow"
+    return {
+        "available": reason is None,
+        "reason": reason,
+        "library": str(LIBRARY),
+        **_recorded(),
+    }
+
+
+def why_not(settings, gradients, weights):
+    """Why the op cannot do this update, in a sentence; `None` where it can.
+
+    Args:
+        settings: the optimizer.
+        gradients, weights: as for `update`.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return f"the Keras backend is {keras.backend.backend()}, not tensorflow"
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    if tf.distribute.has_strategy():
+        return "a tf.distribute strategy is active"
+    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    ):
+        return "XLA has no kernel for it: use jit_compile=False"
+    dtypes = sorted({keras.backend.standardize_dtype(v.dtype) for v in weights})
+    if dtypes not in (["float32"], ["float64"]):
+        return f"all variables must be float32 or all float64, they are {', '.join(dtypes)}"
+    if type(settings.line_search) not in LINE_SEARCHES:
+        return f"it does not know the line search {settings.line_search!r}"
+    module, reason = _load()
+    if module is None:
+        _warn_once(reason)
+        return reason
+    on_gpu = any("GPU" in (v.device or "") for v in weights)
+    if on_gpu and not _recorded()["cuda"]:
+        return f"it was built without CUDA. Run `NLCG_CUDA=1 {BUILD_COMMAND}`"
+    return None
+
+
+@functools.cache
+def _warn_once(reason):
+    warnings.warn(f"NLCG uses the slower composed update: {reason}", stacklevel=2)
+
+
+def update(settings, gradients, learning_rate, variables, positions, weight_decays):
+    """One update by the op; the arguments are those of `nlcg_tf.composed.update`.
+
+    Raises:
+        tf.errors.OpError: where the variables do not fit each other; nothing is changed then.
+    """
+    import tensorflow as tf
+
+    dtype = tf.as_dtype(settings.compute_dtype)
+
+    def handles(name):
+        return [v.handle for v in variables.get(name, [])]
+
+    module, _ = _load()
+    loss = variables["loss"] if settings.line_search is not None else 0.0
+    module.nlcg_update(
+        weights=handles("weights"),
+        directions=handles("direction"),
+        previous_gradients=handles("previous_gradient"),
+        hessian_diagonals=handles("hessian_diagonal"),
+        reals=variables["reals"].handle,
+        counts=variables["counts"].handle,
+        trust_ratios=[variables["trust_ratios"].handle] if settings.lars_coefficient else [],
+        gradients=gradients,
+        learning_rate=tf.cast(learning_rate, dtype),
+        loss=tf.cast(loss, dtype),
+        settings=tf.constant(_settings_vector(settings), tf.float64),
+        weight_decays=tf.constant(weight_decays, tf.float64),
+        positions=positions,
+        update_rule=settings.update_rule,
+        line_search=LINE_SEARCHES[type(settings.line_search)],
+    )
+
+
+def _settings_vector(settings):
+    vector = [settings.epsilon, settings.lars_coefficient or 0.0]
+    search = settings.line_search
+    if search is not None:
+        vector += [search.increase_factor, search.minimum_scale]
+    if isinstance(search, OnlineLineSearch):
+        vector += [search.decrease_threshold, search.increase_threshold, search.decrease_factor]
+    elif isinstance(search, StepLineSearch):
+        vector += [search.period, search.smoothing, *search.limits, *search.factors]
+    return vector

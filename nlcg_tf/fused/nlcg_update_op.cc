@@ -1,0 +1,423 @@
+// The TensorFlow op: registration, validation, locking. The arithmetic is in the functors.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "nlcg_update.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_mgr.h"
+#include "tensorflow/core/framework/resource_var.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/util/work_sharder.h"
+#if NLCG_CUDA
+#include "nlcg_update_cuda.h"
+#endif
+
+namespace tensorflow {
+
+using shape_inference::InferenceContext;
+using shape_inference::ShapeHandle;
+
+REGISTER_OP("NlcgUpdate")
+    .Input("weights: n * resource")
+    .Input("directions: n * resource")
+    .Input("previous_gradients: n * resource")
+    .Input("hessian_diagonals: h * resource")
+    .Input("reals: resource")
+    .Input("counts: resource")
+    .Input("trust_ratios: r * resource")
+    .Input("gradients: n * T")
+    .Input("learning_rate: T")
+    .Input("loss: T")
+    .Input("settings: double")
+    .Input("weight_decays: double")
+    .Attr("n: int >= 0")
+    .Attr("h: int >= 0")
+    .Attr("r: int >= 0")
+    .Attr("T: {float, double}")
+    .Attr("positions: list(int)")
+    .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere'}")
+    .Attr("line_search: {'none', 'online', 'step'}")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      ShapeHandle unused;
+      for (const char* name : {"learning_rate", "loss"}) {
+        std::vector<ShapeHandle> shapes;
+        TF_RETURN_IF_ERROR(c->input(name, &shapes));
+        TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 0, &unused));
+      }
+      for (const char* name : {"settings", "weight_decays"}) {
+        std::vector<ShapeHandle> shapes;
+        TF_RETURN_IF_ERROR(c->input(name, &shapes));
+        TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 1, &unused));
+      }
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+One NLCG update of all variables of a model. See nlcg_update.py for the Python interface.
+
+weights, directions, previous_gradients: float variables of the shapes of `gradients`.
+hessian_diagonals: as many again, or none for h = 1.
+reals: vector variable of type T: delta, step size, beta, curvature, cosine, line search.
+counts: int64 vector variable: updates, skipped, rejected, last update applied.
+trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
+settings: epsilon, LARS coefficient, then the line search's settings.
+weight_decays: one for each variable.
+positions: where each variable stands in `trust_ratios`.
+)doc");
+
+namespace {
+
+template <typename... Parts>
+absl::Status Invalid(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(parts...));
+}
+
+using VarPtr = core::RefCountPtr<Var>;
+
+// Looks up a variable without trusting the caller: the handle may be empty, deleted, of another type.
+absl::Status Lookup(OpKernelContext* ctx, int input, VarPtr* var) {
+  const Tensor& handle = ctx->input(input);
+  if (handle.dtype() != DT_RESOURCE || handle.NumElements() != 1) {
+    return Invalid("NlcgUpdate: input ", input,
+                                   " must be the handle of one variable, has shape ",
+                                   handle.shape().DebugString());
+  }
+  return LookupResource(ctx, handle.flat<ResourceHandle>()(0), var);
+}
+
+absl::Status CheckVariable(Var* var, DataType dtype, const TensorShape& shape, const char* role,
+                           int index) {
+  // The tensor of a variable that was never assigned has no buffer.
+  if (!var->is_initialized || !var->tensor()->IsInitialized()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("NlcgUpdate: ", role, "[", index, "] is not initialized"));
+  }
+  if (var->tensor()->dtype() != dtype) {
+    return Invalid("NlcgUpdate: ", role, "[", index, "] must have type ",
+                                   DataTypeString(dtype), ", has ",
+                                   DataTypeString(var->tensor()->dtype()));
+  }
+  if (!var->tensor()->shape().IsSameSize(shape)) {
+    return Invalid("NlcgUpdate: ", role, "[", index, "] must have shape ",
+                                   shape.DebugString(), ", has ",
+                                   var->tensor()->shape().DebugString());
+  }
+  return absl::OkStatus();
+}
+
+// Reads the vector of settings; optimizer settings come first, the line search's follow.
+absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
+  const auto values = tensor.vec<double>();
+  const int64_t size = values.size();
+  const auto wrong = [&](int64_t expected) {
+    return Invalid("NlcgUpdate: settings must have ", expected, " elements, has ",
+                                   size);
+  };
+  if (size < 2) return wrong(2);
+  s->epsilon = values(0);
+  s->lars_coefficient = values(1);
+  if (s->line_search == nlcg::kNoLineSearch && size != 2) return wrong(2);
+  if (s->line_search == nlcg::kOnline) {
+    if (size != 7) return wrong(7);
+    s->increase_factor = values(2);
+    s->minimum_scale = values(3);
+    s->decrease_threshold = values(4);
+    s->increase_threshold = values(5);
+    s->decrease_factor = values(6);
+  } else if (s->line_search == nlcg::kStep) {
+    if (size < 6 || size % 2 != 0 || size > 6 + 2 * nlcg::kMaxLimits) return wrong(20);
+    s->increase_factor = values(2);
+    s->minimum_scale = values(3);
+    s->smoothing = values(5);
+    if (!(values(4) >= 1 && values(4) <= 1e9)) {
+      return Invalid("NlcgUpdate: the period must lie in [1, 1e9], is ", values(4));
+    }
+    s->period = static_cast<int>(values(4));
+    s->limit_count = static_cast<int>((size - 6) / 2);
+    for (int i = 0; i < s->limit_count; ++i) {
+      s->limits[i] = values(6 + i);
+      s->factors[i] = values(6 + s->limit_count + i);
+    }
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    if (!nlcg::Finite(values(i))) {
+      return Invalid("NlcgUpdate: settings[", i, "] is not finite");
+    }
+  }
+  if (!(s->epsilon > 0)) {
+    return Invalid("NlcgUpdate: epsilon must be positive, is ", s->epsilon);
+  }
+  if (!(s->lars_coefficient >= 0)) {
+    return Invalid("NlcgUpdate: lars_coefficient must not be negative, is ",
+                                   s->lars_coefficient);
+  }
+  return absl::OkStatus();
+}
+
+// The mutexes of all variables, taken in the order of their addresses.
+class Locks {
+ public:
+  explicit Locks(std::vector<Var*> vars) : vars_(std::move(vars)) {
+    std::sort(vars_.begin(), vars_.end(), [](Var* a, Var* b) { return a->mu() < b->mu(); });
+  }
+  bool HasDuplicates() const {
+    return std::adjacent_find(vars_.begin(), vars_.end()) != vars_.end();
+  }
+  void Acquire() {
+    for (Var* var : vars_) var->mu()->lock();
+    held_ = true;
+  }
+  ~Locks() {
+    if (!held_) return;
+    for (auto it = vars_.rbegin(); it != vars_.rend(); ++it) (*it)->mu()->unlock();
+  }
+
+ private:
+  std::vector<Var*> vars_;
+  bool held_ = false;
+};
+
+template <typename T>
+struct CpuDevice {
+  static absl::Status Copy(OpKernelContext*, void* to, const void* from, size_t bytes) {
+    std::memcpy(to, from, bytes);
+    return absl::OkStatus();
+  }
+  // Returns whether the update was done, which the CPU knows and a GPU does not without waiting.
+  static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
+                     const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
+                     const T* loss, T* reals, int64_t* counts) {
+    auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
+    const auto parallel_for = [workers](int64_t count,
+                                        const std::function<void(int64_t, int64_t)>& work) {
+      // A chunk takes some 10,000 cycles; the scheduler keeps a handful of them on one thread.
+      constexpr int64_t kCyclesPerChunk = 10000;
+      Shard(workers->num_threads, workers->workers, count, kCyclesPerChunk, work);
+    };
+    return nlcg::UpdateOnCpu<T>(settings, variables, *learning_rate, *loss, reals, counts,
+                                parallel_for);
+  }
+  static constexpr bool kKnowsOutcome = true;
+};
+
+#if NLCG_CUDA
+absl::Status GpuStatus(const char* error) {
+  return error == nullptr ? absl::OkStatus()
+                          : absl::InternalError(absl::StrCat("NlcgUpdate: ", error));
+}
+
+template <typename T>
+struct GpuDevice {
+  static void* Stream(OpKernelContext* ctx) {
+    return ctx->eigen_device<Eigen::GpuDevice>().stream();
+  }
+  static absl::Status Copy(OpKernelContext* ctx, void* to, const void* from, size_t bytes) {
+    return GpuStatus(nlcg::CopyOnGpu(to, from, bytes, Stream(ctx)));
+  }
+  static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
+                     const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
+                     const T* loss, T* reals, int64_t* counts) {
+    Tensor scratch;
+    const int64_t bytes = nlcg::GpuScratchBytes(variables);
+    absl::Status status = ctx->allocate_temp(DT_INT8, TensorShape({bytes}), &scratch);
+    if (status.ok()) {
+      status = GpuStatus(nlcg::UpdateOnGpu(settings, variables, learning_rate, loss, reals, counts,
+                                           scratch.data(), Stream(ctx)));
+    }
+    if (!status.ok()) ctx->SetStatus(status);
+    return false;
+  }
+  static constexpr bool kKnowsOutcome = false;
+};
+#endif
+
+template <typename Device, typename T>
+class NlcgUpdateOp : public OpKernel {
+ public:
+  explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    std::string rule, line_search;
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("h", &h_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("update_rule", &rule));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("line_search", &line_search));
+    settings_ = {};
+    settings_.preconditioner = h_ > 0;
+    settings_.rule = rule == "polak_ribiere" ? nlcg::kPolakRibiere : nlcg::kFletcherReeves;
+    settings_.line_search = line_search == "online" ? nlcg::kOnline
+                            : line_search == "step" ? nlcg::kStep
+                                                    : nlcg::kNoLineSearch;
+    OP_REQUIRES(ctx, n_ >= 1, Invalid("NlcgUpdate: there is no variable"));
+    OP_REQUIRES(ctx, h_ == 0 || h_ == n_,
+                Invalid("NlcgUpdate: ", h_, " hessian_diagonals for ", n_,
+                                        " weights: one for each or none"));
+    OP_REQUIRES(ctx, r_ <= 1,
+                Invalid("NlcgUpdate: at most one trust_ratios, got ", r_));
+    OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n_,
+                Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n_,
+                                        " weights"));
+  }
+
+  void Compute(OpKernelContext* ctx) override {
+    // The order of the inputs.
+    const int directions = n_, previous = 2 * n_, hessians = 3 * n_, reals_input = hessians + h_;
+    const int counts_input = reals_input + 1, ratios_input = counts_input + 1;
+    const int gradients = ratios_input + r_, learning_rate = gradients + n_;
+    const int loss = learning_rate + 1, settings_input = loss + 1, decays = settings_input + 1;
+
+    nlcg::Settings settings = settings_;
+    for (int input : {learning_rate, loss}) {
+      OP_REQUIRES(ctx, TensorShapeUtils::IsScalar(ctx->input(input).shape()),
+                  Invalid("NlcgUpdate: learning_rate and loss must be scalars, got ",
+                                          ctx->input(input).shape().DebugString()));
+    }
+    for (int input : {settings_input, decays}) {
+      OP_REQUIRES(ctx, TensorShapeUtils::IsVector(ctx->input(input).shape()),
+                  Invalid("NlcgUpdate: settings and weight_decays must be vectors, "
+                                          "got ", ctx->input(input).shape().DebugString()));
+    }
+    OP_REQUIRES_OK(ctx, ParseSettings(ctx->input(settings_input), &settings));
+    OP_REQUIRES(ctx, (settings.lars_coefficient > 0) == (r_ == 1),
+                Invalid("NlcgUpdate: a LARS coefficient needs trust_ratios, and "
+                                        "the other way round"));
+    const auto weight_decays = ctx->input(decays).vec<double>();
+    OP_REQUIRES(ctx, weight_decays.size() == n_,
+                Invalid("NlcgUpdate: ", weight_decays.size(),
+                                        " weight_decays for ", n_, " weights"));
+
+    std::vector<VarPtr> owned(gradients);
+    std::vector<Var*> vars(gradients);
+    for (int i = 0; i < gradients; ++i) {
+      OP_REQUIRES_OK(ctx, Lookup(ctx, i, &owned[i]));
+      vars[i] = owned[i].get();
+    }
+    Locks locks(vars);
+    OP_REQUIRES(ctx, !locks.HasDuplicates(),
+                Invalid("NlcgUpdate: the same variable was given twice"));
+    locks.Acquire();
+
+    const DataType dtype = DataTypeToEnum<T>::value;
+    const char* const roles[] = {"weights", "directions", "previous_gradients",
+                                 "hessian_diagonals"};
+    for (int i = 0; i < reals_input; ++i) {
+      const int position = i % n_;
+      OP_REQUIRES_OK(ctx, CheckVariable(vars[i], dtype, ctx->input(gradients + position).shape(),
+                                        roles[i / n_], position));
+    }
+    OP_REQUIRES_OK(ctx, CheckVariable(vars[reals_input], dtype,
+                                      TensorShape({nlcg::RealCount(settings)}), "reals", 0));
+    OP_REQUIRES_OK(ctx, CheckVariable(vars[counts_input], DT_INT64, TensorShape({nlcg::kCounts}),
+                                      "counts", 0));
+    if (r_ == 1) {
+      Var* ratios = vars[ratios_input];
+      OP_REQUIRES(ctx, ratios->is_initialized && ratios->tensor()->dims() == 1,
+                  Invalid("NlcgUpdate: trust_ratios must be a vector"));
+      const int64_t size = ratios->tensor()->dim_size(0);
+      OP_REQUIRES_OK(ctx, CheckVariable(ratios, dtype, TensorShape({size}), "trust_ratios", 0));
+      std::vector<bool> taken(size, false);
+      for (const int64_t position : positions_) {
+        OP_REQUIRES(ctx, position >= 0 && position < size && !taken[position],
+                    Invalid("NlcgUpdate: position ", position, " of trust_ratios ",
+                                            "is out of range or given twice, size is ", size));
+        taken[position] = true;
+      }
+    }
+
+    // A gradient that nobody else holds becomes the next previous gradient without being copied.
+    std::vector<std::unique_ptr<Tensor>> adopted(n_);
+    for (int i = 0; Device::kKnowsOutcome && i < n_; ++i) {
+      adopted[i] = ctx->forward_input(gradients + i, OpKernelContext::Params::kNoReservation, dtype,
+                                      ctx->input(gradients + i).shape(), DEVICE_MEMORY,
+                                      AllocatorAttributes());
+    }
+
+    // All memory is there before anything is written: an update is done as a whole or not at all.
+    std::vector<std::pair<Var*, Tensor>> copies;
+    for (int i = 0; i < gradients; ++i) {
+      if (i >= previous && i < hessians && adopted[i - previous] != nullptr) continue;
+      OP_REQUIRES_OK(ctx, CopyIfShared(ctx, vars[i], &copies));
+    }
+    for (auto& copy : copies) *copy.first->tensor() = std::move(copy.second);
+
+    T* ratios = r_ == 1 ? vars[ratios_input]->tensor()->flat<T>().data() : nullptr;
+    std::vector<nlcg::Variable<T>> variables(n_);
+    for (int i = 0; i < n_; ++i) {
+      nlcg::Variable<T>& v = variables[i];
+      T* g_prev = vars[previous + i]->tensor()->flat<T>().data();
+      v.w = vars[i]->tensor()->flat<T>().data();
+      v.d = vars[directions + i]->tensor()->flat<T>().data();
+      v.h = h_ > 0 ? vars[hessians + i]->tensor()->flat<T>().data() : nullptr;
+      v.g_prev = g_prev;
+      v.g_prev_out = adopted[i] == nullptr ? g_prev : nullptr;
+      v.g = ctx->input(gradients + i).flat<T>().data();
+      v.trust_ratio = ratios == nullptr ? nullptr : ratios + positions_[i];
+      v.size = ctx->input(gradients + i).NumElements();
+      v.weight_decay = weight_decays(i);
+    }
+    const bool applied = Device::Update(ctx, settings, variables,
+                                        ctx->input(learning_rate).flat<T>().data(),
+                                        ctx->input(loss).flat<T>().data(),
+                                        vars[reals_input]->tensor()->flat<T>().data(),
+                                        vars[counts_input]->tensor()->flat<int64_t>().data());
+    for (int i = 0; applied && i < n_; ++i) {
+      if (adopted[i] != nullptr) *vars[previous + i]->tensor() = std::move(*adopted[i]);
+    }
+  }
+
+ private:
+  // TensorFlow's rule for updating a variable in place: a buffer that a read still holds is copied.
+  static absl::Status CopyIfShared(OpKernelContext* ctx, Var* var,
+                                   std::vector<std::pair<Var*, Tensor>>* copies) {
+    Tensor* tensor = var->tensor();
+    if (tensor->RefCountIsOne() && !var->copy_on_read_mode.load()) return absl::OkStatus();
+    AllocatorAttributes attributes;
+    attributes.set_gpu_compatible(true);
+    attributes.set_nic_compatible(true);
+    Tensor copy;
+    TF_RETURN_IF_ERROR(ctx->allocate_temp(tensor->dtype(), tensor->shape(), &copy, attributes));
+    TF_RETURN_IF_ERROR(Device::Copy(ctx, copy.data(), tensor->data(), tensor->TotalBytes()));
+    copies->emplace_back(var, std::move(copy));
+    return absl::OkStatus();
+  }
+
+  int n_, h_, r_;
+  std::vector<int64_t> positions_;
+  nlcg::Settings settings_;
+};
+
+#define NLCG_REGISTER_CPU(T)                                                     \
+  REGISTER_KERNEL_BUILDER(Name("NlcgUpdate").Device(DEVICE_CPU).TypeConstraint<T>("T"), \
+                          NlcgUpdateOp<CpuDevice<T>, T>)
+NLCG_REGISTER_CPU(float);
+NLCG_REGISTER_CPU(double);
+#undef NLCG_REGISTER_CPU
+
+#if NLCG_CUDA
+#define NLCG_REGISTER_GPU(T)                              \
+  REGISTER_KERNEL_BUILDER(Name("NlcgUpdate")              \
+                              .Device(DEVICE_GPU)         \
+                              .HostMemory("weights")      \
+                              .HostMemory("directions")   \
+                              .HostMemory("previous_gradients") \
+                              .HostMemory("hessian_diagonals")  \
+                              .HostMemory("reals")        \
+                              .HostMemory("counts")       \
+                              .HostMemory("trust_ratios") \
+                              .HostMemory("settings")     \
+                              .HostMemory("weight_decays") \
+                              .TypeConstraint<T>("T"),    \
+                          NlcgUpdateOp<GpuDevice<T>, T>)
+NLCG_REGISTER_GPU(float);
+NLCG_REGISTER_GPU(double);
+#undef NLCG_REGISTER_GPU
+#endif
+
+}  // namespace
+}  // namespace tensorflow
