@@ -1,12 +1,44 @@
-"""Package metadata; `pip install .` gives nlcg_tf alone, the trainers run from the repository."""
+"""Package metadata, and the fused op where it can be built.
 
+`pip install .` gives nlcg_tf alone, the trainers run from the repository. The op is built for the
+TensorFlow that is importable during the build (`pip install --no-build-isolation .`); without one,
+`python -m nlcg_tf.fused.build` builds it afterwards.
+"""
+
+import importlib.util
 import pathlib
 import re
+import sys
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "nlcg_tf" / "__init__.py").read_text())[1]
+
+
+class BuildFusedOp(build_ext):
+    """Hands the work to nlcg_tf/fused/build.py, the one place that knows how."""
+
+    def get_ext_filename(self, name):
+        return name.replace(".", "/") + ".so"
+
+    def build_extension(self, extension):
+        path = HERE / "nlcg_tf" / "fused" / "build.py"
+        spec = importlib.util.spec_from_file_location("nlcg_tf_fused_build", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        target = pathlib.Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            module.build(target.parent)
+        except RuntimeError as error:
+            # NLCG works without it, only slower, and says at run time how to build it.
+            print(f"warning: the fused op was not built: {error}", file=sys.stderr)
+            self.extensions.remove(extension)
+
+
+WITH_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 
 setup(
     name="nlcg_tf",
@@ -15,7 +47,10 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["nlcg_tf"],
+    packages=["nlcg_tf", "nlcg_tf.fused"],
+    package_data={"nlcg_tf.fused": ["*.h", "*.cc", "*.cu"]},
+    ext_modules=[Extension("nlcg_tf.fused.libnlcg_update", [])] if WITH_TENSORFLOW else [],
+    cmdclass={"build_ext": BuildFusedOp},
     python_requires=">=3.10",
     install_requires=["tensorflow>=2.21,<2.22", "keras>=3.12"],
     extras_require={

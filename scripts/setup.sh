@@ -17,7 +17,8 @@ mpi=none
 if command -v mpicxx > /dev/null; then
   mpi=$(mpirun --version 2>&1 | grep -om1 '[0-9][0-9.]*' || echo unknown)
 fi
-key=$({ cat scripts/setup.sh setup.py pyproject.toml; echo "$PWD $mpi"; } | sha256sum | cut -c1-16)
+key=$({ cat scripts/setup.sh setup.py pyproject.toml nlcg_tf/fused/*.{h,cc,cu} nlcg_tf/fused/build.py
+  echo "$PWD $mpi ${NLCG_CUDA:-auto}"; } | sha256sum | cut -c1-16)
 stamp=$venv/nlcg-setup
 if [ "$(cat "$stamp" 2> /dev/null)" = "$key" ]; then
   say "up to date (.venv, MPI: $mpi)"
@@ -43,6 +44,12 @@ say "installing TensorFlow, nlcg_tf and what the trainers and tests need"
 # Horovod's build still imports pkg_resources, which setuptools dropped in version 81.
 python -m pip install -qq --upgrade pip 'setuptools<81' wheel packaging ninja
 python -m pip install -qq --editable '.[trainers,test]'
+
+say "building the fused op"
+python -m nlcg_tf.fused.build 2> /dev/null || {
+  python -m nlcg_tf.fused.build || true
+  fail "the fused op could not be built"
+}
 
 versions=$(python - << 'PY'
 import importlib.metadata, sys

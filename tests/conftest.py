@@ -26,3 +26,14 @@ def reset_keras():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def fused_library():
+    """The op's library; tests that need it skip where it is not built."""
+    from nlcg_tf.fused import nlcg_update
+
+    module, reason = nlcg_update._load()
+    if module is None:
+        pytest.skip(reason)
+    return module

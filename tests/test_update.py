@@ -11,6 +11,14 @@ from nlcg_tf import NLCG
 RULES = ("fletcher_reeves", "polak_ribiere")
 
 
+@pytest.fixture(params=[False, True], ids=["composed", "fused"])
+def fused(request):
+    """Both paths; the second only where the op is built."""
+    if request.param:
+        request.getfixturevalue("fused_library")
+    return request.param
+
+
 def run_beside_oracle(optimizer, dtype, updates=100, weight_decay=0.0, shapes=SHAPES):
     """The largest relative difference of an update; also checks that there is one trace."""
     rng = np.random.default_rng(0)
@@ -49,9 +57,9 @@ def run_beside_oracle(optimizer, dtype, updates=100, weight_decay=0.0, shapes=SH
 @pytest.mark.parametrize("preconditioner", ["bfgs", None])
 @pytest.mark.parametrize("line_search", ["online", "step", None])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_100_updates_agree_with_oracle(rule, preconditioner, line_search, dtype):
+def test_100_updates_agree_with_oracle(rule, preconditioner, line_search, dtype, fused):
     keras.config.set_floatx(dtype)
-    optimizer = NLCG(0.1, rule, preconditioner, line_search)
+    optimizer = NLCG(0.1, rule, preconditioner, line_search, fused=fused)
     worst, oracle = run_beside_oracle(optimizer, dtype)
     # Polak-Ribiere's beta subtracts two close sums.
     bounds = {"fletcher_reeves": 1e-5, "polak_ribiere": 1e-4}
@@ -66,9 +74,9 @@ def test_100_updates_agree_with_oracle(rule, preconditioner, line_search, dtype)
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("settings", [{"lars_coefficient": 0.02}, {"weight_decay": 0.01}])
-def test_lars_and_weight_decay_agree_with_oracle(rule, settings):
+def test_lars_and_weight_decay_agree_with_oracle(rule, settings, fused):
     keras.config.set_floatx("float64")
-    optimizer = NLCG(0.1, rule, **settings)
+    optimizer = NLCG(0.1, rule, **settings, fused=fused)
     decay = settings.get("weight_decay", 0.0)
     worst, _ = run_beside_oracle(optimizer, "float64", 30, decay)
     assert worst <= 1e-12
@@ -84,11 +92,11 @@ def test_the_runs_above_exercise_preconditioner_and_line_search():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rejected_curvature_agrees_with_oracle(rule, rng):
+def test_rejected_curvature_agrees_with_oracle(rule, rng, fused):
     """Random gradients: y^T s takes both signs."""
     keras.config.set_floatx("float64")
     variable = keras.Variable(rng.normal(size=30), dtype="float64")
-    optimizer = NLCG(0.01, rule, line_search=None)
+    optimizer = NLCG(0.01, rule, line_search=None, fused=fused)
     oracle = make_oracle(optimizer, [variable.numpy()])
     for _ in range(40):
         gradient = rng.normal(size=30)
@@ -100,17 +108,18 @@ def test_rejected_curvature_agrees_with_oracle(rule, rng):
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-12)])
-def test_large_variables_agree_with_oracle(dtype, bound):
-    """Sums of more than one block, with and without a rest."""
+def test_large_variables_agree_with_oracle(dtype, bound, fused):
+    """Sums of more than one block, with and without a rest; variables without elements."""
     keras.config.set_floatx(dtype)
-    shapes = [(4096,), (4097,), (2, 4096), (300001,), ()]
-    worst, _ = run_beside_oracle(NLCG(0.1), dtype, updates=10, shapes=shapes)
+    shapes = [(4096,), (4097,), (0,), (2, 4096), (16384,), (16385,), (300001,), (), (63,), (64,)]
+    worst, _ = run_beside_oracle(NLCG(0.1, fused=fused), dtype, updates=10, shapes=shapes)
     assert worst <= bound
 
 
-def test_a_variable_of_zeros_can_leave_zero_with_lars():
+def test_a_variable_of_zeros_can_leave_zero_with_lars(fused):
     variable = keras.Variable([0.0, 0.0])
-    NLCG(0.5, lars_coefficient=0.1, line_search=None).apply([tf.constant([1.0, 2.0])], [variable])
+    optimizer = NLCG(0.5, lars_coefficient=0.1, line_search=None, fused=fused)
+    optimizer.apply([tf.constant([1.0, 2.0])], [variable])
     np.testing.assert_allclose(variable.numpy(), [-0.5, -1.0], rtol=1e-6)
 
 
@@ -172,10 +181,10 @@ NOT_FINITE = (np.nan, np.inf, -np.inf)
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("graph", [True, False])
-def test_a_non_finite_update_leaves_every_bit_alone(where, bad, graph, rng):
+def test_a_non_finite_update_leaves_every_bit_alone(where, bad, graph, rng, fused):
     shapes = [(3, 2), (4,)]
     variables = [keras.Variable(rng.normal(size=s).astype("float32")) for s in shapes]
-    optimizer = NLCG(0.1, lars_coefficient=0.1, weight_decay=0.1, use_ema=True)
+    optimizer = NLCG(0.1, lars_coefficient=0.1, weight_decay=0.1, use_ema=True, fused=fused)
 
     def step(gradients, loss):
         optimizer.observe_loss(loss)
@@ -211,18 +220,18 @@ def test_a_non_finite_update_leaves_every_bit_alone(where, bad, graph, rng):
 COUNTERS = ("iteration", "counts", "observed_loss")
 
 
-def test_huge_and_tiny_gradients_do_not_poison_the_state():
+def test_huge_and_tiny_gradients_do_not_poison_the_state(fused):
     """Squares of 1e25 overflow float32, those of 1e-30 vanish; neither may leave a NaN."""
     for magnitude in (1e25, 1e-30, 1e-42):
         variable = keras.Variable([1.0, 2.0, 3.0])
-        optimizer = NLCG(1e-3, "polak_ribiere", line_search=None)
+        optimizer = NLCG(1e-3, "polak_ribiere", line_search=None, fused=fused)
         for sign in (1.0, -1.0, 1.0):
             optimizer.apply([tf.constant([magnitude, 0.0, sign * magnitude])], [variable])
         state = flat([v.numpy() for v in [variable, *optimizer.slots["hessian_diagonal"]]])
         assert np.isfinite(state).all(), magnitude
 
 
-def test_same_bits_for_any_number_of_threads(tmp_path):
+def test_same_bits_for_any_number_of_threads(fused):
     """The fixed-order sums promise it; each thread count needs a process of its own."""
     import subprocess
     import sys
@@ -234,7 +243,7 @@ tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
 from nlcg_tf import NLCG
 rng = np.random.default_rng(0)
 variables = [keras.Variable(rng.normal(size=n).astype("float32")) for n in (1000003, 4097, 63)]
-optimizer = NLCG(0.01, "polak_ribiere", line_search=None)
+optimizer = NLCG(0.01, "polak_ribiere", line_search=None, fused=sys.argv[2] == "True")
 for _ in range(5):
     gradients = [tf.constant(rng.normal(size=v.shape), tf.float32) for v in variables]
     optimizer.apply(gradients, variables)
@@ -244,8 +253,11 @@ print(hashlib.sha256(bits).hexdigest())
 """
     digests = {
         subprocess.run(
-            [sys.executable, "-c", script, str(threads)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", script, str(threads), str(fused)],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-        for threads in (1, 2, 7)
+        for threads in (1, 2, 8)
     }
     assert len(digests) == 1

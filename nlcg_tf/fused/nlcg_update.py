@@ -115,16 +115,18 @@ def update(settings, gradients, learning_rate, variables, positions, weight_deca
 
     dtype = tf.as_dtype(settings.compute_dtype)
 
-    def handles(name):
-        return [v.handle for v in variables.get(name, [])]
-
+    slots = [
+        v.handle
+        for name in ("direction", "previous_gradient", "hessian_diagonal")
+        for v in variables.get(name, [])
+    ]
     module, _ = _load()
+    with tf.init_scope():  # the handles are constants of a graph, packed once
+        packed = module.nlcg_pack_handles(slots)
     loss = variables["loss"] if settings.line_search is not None else 0.0
     module.nlcg_update(
-        weights=handles("weights"),
-        directions=handles("direction"),
-        previous_gradients=handles("previous_gradient"),
-        hessian_diagonals=handles("hessian_diagonal"),
+        weights=[v.handle for v in variables["weights"]],
+        slots=packed,
         reals=variables["reals"].handle,
         counts=variables["counts"].handle,
         trust_ratios=[variables["trust_ratios"].handle] if settings.lars_coefficient else [],
@@ -133,7 +135,9 @@ def update(settings, gradients, learning_rate, variables, positions, weight_deca
         loss=tf.cast(loss, dtype),
         settings=tf.constant(_settings_vector(settings), tf.float64),
         weight_decays=tf.constant(weight_decays, tf.float64),
+        preconditioner=settings.preconditioner is not None,
         positions=positions,
+        keep_slots=not tf.executing_eagerly(),
         update_rule=settings.update_rule,
         line_search=LINE_SEARCHES[type(settings.line_search)],
     )

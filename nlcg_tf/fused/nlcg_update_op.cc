@@ -25,9 +25,7 @@ using shape_inference::ShapeHandle;
 
 REGISTER_OP("NlcgUpdate")
     .Input("weights: n * resource")
-    .Input("directions: n * resource")
-    .Input("previous_gradients: n * resource")
-    .Input("hessian_diagonals: h * resource")
+    .Input("slots: resource")
     .Input("reals: resource")
     .Input("counts: resource")
     .Input("trust_ratios: r * resource")
@@ -37,10 +35,11 @@ REGISTER_OP("NlcgUpdate")
     .Input("settings: double")
     .Input("weight_decays: double")
     .Attr("n: int >= 0")
-    .Attr("h: int >= 0")
     .Attr("r: int >= 0")
+    .Attr("preconditioner: bool")
     .Attr("T: {float, double}")
     .Attr("positions: list(int)")
+    .Attr("keep_slots: bool")
     .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere'}")
     .Attr("line_search: {'none', 'online', 'step'}")
     .SetIsStateful()
@@ -51,7 +50,7 @@ REGISTER_OP("NlcgUpdate")
         TF_RETURN_IF_ERROR(c->input(name, &shapes));
         TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 0, &unused));
       }
-      for (const char* name : {"settings", "weight_decays"}) {
+      for (const char* name : {"slots", "settings", "weight_decays"}) {
         std::vector<ShapeHandle> shapes;
         TF_RETURN_IF_ERROR(c->input(name, &shapes));
         TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 1, &unused));
@@ -61,17 +60,55 @@ REGISTER_OP("NlcgUpdate")
     .Doc(R"doc(
 One NLCG update of all variables of a model. See nlcg_update.py for the Python interface.
 
-weights, directions, previous_gradients: float variables of the shapes of `gradients`.
-hessian_diagonals: as many again, or none for h = 1.
+weights: float variables of the shapes of `gradients`.
+slots: handles from NlcgPackHandles: the directions, the previous gradients and, with the
+  preconditioner, the Hessian diagonals; n of each.
 reals: vector variable of type T: delta, step size, beta, curvature, cosine, line search.
 counts: int64 vector variable: updates, skipped, rejected, last update applied.
 trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
 settings: epsilon, LARS coefficient, then the line search's settings.
 weight_decays: one for each variable.
 positions: where each variable stands in `trust_ratios`.
+keep_slots: whether the kernel remembers the slots, for a graph that is run again and again.
+)doc");
+
+// A graph pays some microseconds for each handle that it captures, more than the arithmetic of a small
+// variable. Weights must come one by one, for TensorFlow orders the op among their other uses; the
+// slots, which nothing else in a training step touches, come as one tensor of handles.
+REGISTER_OP("NlcgPackHandles")
+    .Input("handles: n * resource")
+    .Output("packed: resource")
+    .Attr("n: int >= 1")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      c->set_output(0, c->Vector(c->num_inputs()));
+      return absl::OkStatus();
+    })
+    .Doc(R"doc(
+Packs the handles of variables into one vector of handles, which keeps them alive.
 )doc");
 
 namespace {
+
+class NlcgPackHandlesOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* ctx) override {
+    Tensor* packed = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({ctx->num_inputs()}), &packed));
+    for (int i = 0; i < ctx->num_inputs(); ++i) {
+      OP_REQUIRES(ctx, ctx->input(i).NumElements() == 1,
+                  absl::InvalidArgumentError("NlcgPackHandles: each input must be one handle"));
+      packed->vec<ResourceHandle>()(i) = ctx->input(i).flat<ResourceHandle>()(0);
+    }
+  }
+};
+REGISTER_KERNEL_BUILDER(Name("NlcgPackHandles").Device(DEVICE_CPU), NlcgPackHandlesOp);
+#if NLCG_CUDA
+REGISTER_KERNEL_BUILDER(
+    Name("NlcgPackHandles").Device(DEVICE_GPU).HostMemory("handles").HostMemory("packed"),
+    NlcgPackHandlesOp);
+#endif
 
 template <typename... Parts>
 absl::Status Invalid(const Parts&... parts) {
@@ -79,17 +116,6 @@ absl::Status Invalid(const Parts&... parts) {
 }
 
 using VarPtr = core::RefCountPtr<Var>;
-
-// Looks up a variable without trusting the caller: the handle may be empty, deleted, of another type.
-absl::Status Lookup(OpKernelContext* ctx, int input, VarPtr* var) {
-  const Tensor& handle = ctx->input(input);
-  if (handle.dtype() != DT_RESOURCE || handle.NumElements() != 1) {
-    return Invalid("NlcgUpdate: input ", input,
-                                   " must be the handle of one variable, has shape ",
-                                   handle.shape().DebugString());
-  }
-  return LookupResource(ctx, handle.flat<ResourceHandle>()(0), var);
-}
 
 absl::Status CheckVariable(Var* var, DataType dtype, const TensorShape& shape, const char* role,
                            int index) {
@@ -194,11 +220,14 @@ struct CpuDevice {
                      const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
                      const T* loss, T* reals, int64_t* counts) {
     auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
-    const auto parallel_for = [workers](int64_t count,
-                                        const std::function<void(int64_t, int64_t)>& work) {
-      // A chunk takes some 10,000 cycles; the scheduler keeps a handful of them on one thread.
-      constexpr int64_t kCyclesPerChunk = 10000;
-      Shard(workers->num_threads, workers->workers, count, kCyclesPerChunk, work);
+    int64_t size = 0;
+    for (const nlcg::Variable<T>& v : variables) size += v.size;
+    const auto parallel_for = [workers, size](int64_t count,
+                                              const std::function<void(int64_t, int64_t)>& work) {
+      // A quarter of a cycle an element: below about a million elements, as in ResNet-32, waking
+      // another thread takes longer than the sweep. Longer sweeps are bound by memory anyway.
+      const int64_t cycles_per_chunk = count == 0 ? 1 : size / 4 / count + 1;
+      Shard(workers->num_threads, workers->workers, count, cycles_per_chunk, work);
     };
     return nlcg::UpdateOnCpu<T>(settings, variables, *learning_rate, *loss, reals, counts,
                                 parallel_for);
@@ -242,22 +271,21 @@ class NlcgUpdateOp : public OpKernel {
  public:
   explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
     std::string rule, line_search;
+    bool preconditioner;
     OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("h", &h_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("preconditioner", &preconditioner));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("keep_slots", &keep_slots_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_rule", &rule));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("line_search", &line_search));
     settings_ = {};
-    settings_.preconditioner = h_ > 0;
+    settings_.preconditioner = preconditioner;
     settings_.rule = rule == "polak_ribiere" ? nlcg::kPolakRibiere : nlcg::kFletcherReeves;
     settings_.line_search = line_search == "online" ? nlcg::kOnline
                             : line_search == "step" ? nlcg::kStep
                                                     : nlcg::kNoLineSearch;
     OP_REQUIRES(ctx, n_ >= 1, Invalid("NlcgUpdate: there is no variable"));
-    OP_REQUIRES(ctx, h_ == 0 || h_ == n_,
-                Invalid("NlcgUpdate: ", h_, " hessian_diagonals for ", n_,
-                                        " weights: one for each or none"));
     OP_REQUIRES(ctx, r_ <= 1,
                 Invalid("NlcgUpdate: at most one trust_ratios, got ", r_));
     OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n_,
@@ -266,11 +294,13 @@ class NlcgUpdateOp : public OpKernel {
   }
 
   void Compute(OpKernelContext* ctx) override {
-    // The order of the inputs.
-    const int directions = n_, previous = 2 * n_, hessians = 3 * n_, reals_input = hessians + h_;
-    const int counts_input = reals_input + 1, ratios_input = counts_input + 1;
-    const int gradients = ratios_input + r_, learning_rate = gradients + n_;
+    // The order of the inputs, and that of the variables behind them.
+    const int slots_input = n_, gradients = n_ + 3 + r_, learning_rate = gradients + n_;
     const int loss = learning_rate + 1, settings_input = loss + 1, decays = settings_input + 1;
+    const int slots = (settings_.preconditioner ? 3 : 2) * n_;
+    const int directions = n_, previous = 2 * n_, hessians = 3 * n_;
+    const int reals_at = n_ + slots, counts_at = reals_at + 1, ratios_at = counts_at + 1;
+    const int variable_count = ratios_at + r_;
 
     nlcg::Settings settings = settings_;
     for (int input : {learning_rate, loss}) {
@@ -292,12 +322,24 @@ class NlcgUpdateOp : public OpKernel {
                 Invalid("NlcgUpdate: ", weight_decays.size(),
                                         " weight_decays for ", n_, " weights"));
 
-    std::vector<VarPtr> owned(gradients);
-    std::vector<Var*> vars(gradients);
-    for (int i = 0; i < gradients; ++i) {
-      OP_REQUIRES_OK(ctx, Lookup(ctx, i, &owned[i]));
-      vars[i] = owned[i].get();
+    const Tensor& slot_handles = ctx->input(slots_input);
+    OP_REQUIRES(ctx, slot_handles.dims() == 1 && slot_handles.NumElements() == slots,
+                Invalid("NlcgUpdate: slots must hold ", slots, " handles for ", n_,
+                        " weights, has shape ", slot_handles.shape().DebugString()));
+    std::vector<VarPtr> owned(n_ + 2 + r_);
+    std::vector<Var*> vars(variable_count);
+    for (int i = 0; i < n_ + 2 + r_; ++i) {
+      // The caller is not trusted: a handle may be empty, deleted or of another type.
+      const Tensor& handle = ctx->input(i < n_ ? i : i + 1);
+      OP_REQUIRES(ctx, handle.NumElements() == 1,
+                  Invalid("NlcgUpdate: each of weights, reals, counts and trust_ratios must be the "
+                          "handle of one variable, got shape ", handle.shape().DebugString()));
+      OP_REQUIRES_OK(ctx, LookupResource(ctx, handle.flat<ResourceHandle>()(0), &owned[i]));
+      vars[i < n_ ? i : i + slots] = owned[i].get();
     }
+    const std::shared_ptr<Slots> slot_vars = GetSlots(ctx, slot_handles);
+    if (slot_vars == nullptr) return;
+    for (int i = 0; i < slots; ++i) vars[n_ + i] = slot_vars->vars[i].get();
     Locks locks(vars);
     OP_REQUIRES(ctx, !locks.HasDuplicates(),
                 Invalid("NlcgUpdate: the same variable was given twice"));
@@ -306,17 +348,17 @@ class NlcgUpdateOp : public OpKernel {
     const DataType dtype = DataTypeToEnum<T>::value;
     const char* const roles[] = {"weights", "directions", "previous_gradients",
                                  "hessian_diagonals"};
-    for (int i = 0; i < reals_input; ++i) {
+    for (int i = 0; i < reals_at; ++i) {
       const int position = i % n_;
       OP_REQUIRES_OK(ctx, CheckVariable(vars[i], dtype, ctx->input(gradients + position).shape(),
                                         roles[i / n_], position));
     }
-    OP_REQUIRES_OK(ctx, CheckVariable(vars[reals_input], dtype,
+    OP_REQUIRES_OK(ctx, CheckVariable(vars[reals_at], dtype,
                                       TensorShape({nlcg::RealCount(settings)}), "reals", 0));
-    OP_REQUIRES_OK(ctx, CheckVariable(vars[counts_input], DT_INT64, TensorShape({nlcg::kCounts}),
+    OP_REQUIRES_OK(ctx, CheckVariable(vars[counts_at], DT_INT64, TensorShape({nlcg::kCounts}),
                                       "counts", 0));
     if (r_ == 1) {
-      Var* ratios = vars[ratios_input];
+      Var* ratios = vars[ratios_at];
       OP_REQUIRES(ctx, ratios->is_initialized && ratios->tensor()->dims() == 1,
                   Invalid("NlcgUpdate: trust_ratios must be a vector"));
       const int64_t size = ratios->tensor()->dim_size(0);
@@ -340,20 +382,20 @@ class NlcgUpdateOp : public OpKernel {
 
     // All memory is there before anything is written: an update is done as a whole or not at all.
     std::vector<std::pair<Var*, Tensor>> copies;
-    for (int i = 0; i < gradients; ++i) {
+    for (int i = 0; i < variable_count; ++i) {
       if (i >= previous && i < hessians && adopted[i - previous] != nullptr) continue;
       OP_REQUIRES_OK(ctx, CopyIfShared(ctx, vars[i], &copies));
     }
     for (auto& copy : copies) *copy.first->tensor() = std::move(copy.second);
 
-    T* ratios = r_ == 1 ? vars[ratios_input]->tensor()->flat<T>().data() : nullptr;
+    T* ratios = r_ == 1 ? vars[ratios_at]->tensor()->flat<T>().data() : nullptr;
     std::vector<nlcg::Variable<T>> variables(n_);
     for (int i = 0; i < n_; ++i) {
       nlcg::Variable<T>& v = variables[i];
       T* g_prev = vars[previous + i]->tensor()->flat<T>().data();
       v.w = vars[i]->tensor()->flat<T>().data();
       v.d = vars[directions + i]->tensor()->flat<T>().data();
-      v.h = h_ > 0 ? vars[hessians + i]->tensor()->flat<T>().data() : nullptr;
+      v.h = settings.preconditioner ? vars[hessians + i]->tensor()->flat<T>().data() : nullptr;
       v.g_prev = g_prev;
       v.g_prev_out = adopted[i] == nullptr ? g_prev : nullptr;
       v.g = ctx->input(gradients + i).flat<T>().data();
@@ -364,14 +406,40 @@ class NlcgUpdateOp : public OpKernel {
     const bool applied = Device::Update(ctx, settings, variables,
                                         ctx->input(learning_rate).flat<T>().data(),
                                         ctx->input(loss).flat<T>().data(),
-                                        vars[reals_input]->tensor()->flat<T>().data(),
-                                        vars[counts_input]->tensor()->flat<int64_t>().data());
+                                        vars[reals_at]->tensor()->flat<T>().data(),
+                                        vars[counts_at]->tensor()->flat<int64_t>().data());
     for (int i = 0; applied && i < n_; ++i) {
       if (adopted[i] != nullptr) *vars[previous + i]->tensor() = std::move(*adopted[i]);
     }
   }
 
  private:
+  // The variables behind a tensor of handles, which is held so that its address means this tensor.
+  struct Slots {
+    Tensor handles;
+    std::vector<VarPtr> vars;
+  };
+
+  // Looks the slots up, unless they are those of the last call: hundreds of look-ups take longer than
+  // the arithmetic of a small model. Returns null after a failure.
+  std::shared_ptr<Slots> GetSlots(OpKernelContext* ctx, const Tensor& handles) {
+    mutex_lock lock(mu_);
+    if (slots_ != nullptr && slots_->handles.data() == handles.data()) return slots_;
+    auto found = std::make_shared<Slots>();
+    found->handles = handles;
+    found->vars.resize(handles.NumElements());
+    for (int64_t i = 0; i < handles.NumElements(); ++i) {
+      const absl::Status status =
+          LookupResource(ctx, handles.flat<ResourceHandle>()(i), &found->vars[i]);
+      if (!status.ok()) {
+        ctx->CtxFailure(status);
+        return nullptr;
+      }
+    }
+    if (keep_slots_) slots_ = found;
+    return found;
+  }
+
   // TensorFlow's rule for updating a variable in place: a buffer that a read still holds is copied.
   static absl::Status CopyIfShared(OpKernelContext* ctx, Var* var,
                                    std::vector<std::pair<Var*, Tensor>>* copies) {
@@ -387,9 +455,12 @@ class NlcgUpdateOp : public OpKernel {
     return absl::OkStatus();
   }
 
-  int n_, h_, r_;
+  int n_, r_;
+  bool keep_slots_;
   std::vector<int64_t> positions_;
   nlcg::Settings settings_;
+  mutex mu_;
+  std::shared_ptr<Slots> slots_;
 };
 
 #define NLCG_REGISTER_CPU(T)                                                     \
@@ -404,9 +475,7 @@ NLCG_REGISTER_CPU(double);
   REGISTER_KERNEL_BUILDER(Name("NlcgUpdate")              \
                               .Device(DEVICE_GPU)         \
                               .HostMemory("weights")      \
-                              .HostMemory("directions")   \
-                              .HostMemory("previous_gradients") \
-                              .HostMemory("hessian_diagonals")  \
+                              .HostMemory("slots")        \
                               .HostMemory("reals")        \
                               .HostMemory("counts")       \
                               .HostMemory("trust_ratios") \
