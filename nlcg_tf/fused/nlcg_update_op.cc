@@ -74,7 +74,8 @@ keep_slots: whether the kernel remembers the slots, for a graph that is run agai
 
 // A graph pays some microseconds for each handle that it captures, more than the arithmetic of a small
 // variable. Weights must come one by one, for TensorFlow orders the op among their other uses; the
-// slots, which nothing else in a training step touches, come as one tensor of handles.
+// slots, which nothing else in a training step touches, come as one tensor of handles. So a function
+// that updates and also reads a slot may read it before or after; outside the function all is in order.
 REGISTER_OP("NlcgPackHandles")
     .Input("handles: n * resource")
     .Output("packed: resource")

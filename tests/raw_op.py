@@ -1,0 +1,220 @@
+"""Calls of the raw op with arguments of all kinds, good and bad; shared by test and fuzz script."""
+
+import numpy as np
+import tensorflow as tf
+
+SHAPES = [(3, 4), (), (0,), (7,)]
+
+
+class Call:
+    """The arguments of one call, valid until a test spoils them, and the variables behind them."""
+
+    def __init__(self, seed=0, dtype=tf.float32, preconditioner=True, lars=0.0):
+        rng = np.random.default_rng(seed)
+        make = lambda shape: tf.Variable(tf.constant(rng.normal(size=shape), dtype))  # noqa: E731
+        self.weights = [make(shape) for shape in SHAPES]
+        kinds = 3 if preconditioner else 2
+        self.slots = [make(shape) for _ in range(kinds) for shape in SHAPES]
+        self.reals = tf.Variable(tf.zeros(7, dtype))
+        self.counts = tf.Variable(tf.zeros(4, tf.int64))
+        self.ratios = [tf.Variable(tf.ones(len(SHAPES), dtype))] if lars else []
+        self.variables = [*self.weights, *self.slots, self.reals, self.counts, *self.ratios]
+        self.arguments = {
+            "weights": [v.handle for v in self.weights],
+            "slots": [v.handle for v in self.slots],
+            "reals": self.reals.handle,
+            "counts": self.counts.handle,
+            "trust_ratios": [v.handle for v in self.ratios],
+            "gradients": [tf.constant(rng.normal(size=shape), dtype) for shape in SHAPES],
+            "learning_rate": tf.constant(0.1, dtype),
+            "loss": tf.constant(1.0, dtype),
+            "settings": tf.constant([1e-8, lars, 1.025, 1e-4, 0.02, 0.01, 0.975], tf.float64),
+            "weight_decays": tf.zeros(len(SHAPES), tf.float64),
+            "preconditioner": preconditioner,
+            "positions": list(range(len(SHAPES))),
+            "update_rule": "fletcher_reeves",
+            "line_search": "online",
+        }
+
+    def run(self, library, graph=False):
+        """Runs the op; raises what it raises."""
+
+        def call():
+            arguments = dict(self.arguments)
+            if isinstance(arguments["slots"], list):
+                with tf.init_scope():
+                    arguments["slots"] = library.nlcg_pack_handles(arguments["slots"])
+            library.nlcg_update(keep_slots=graph, **arguments)
+
+        (tf.function(call) if graph else call)()
+
+    def bits(self):
+        return [v.numpy().tobytes() for v in self.variables if v.is_initialized()]
+
+
+def _set(name, value):
+    def spoil(call):
+        call.arguments[name] = value(call) if callable(value) else value
+
+    return spoil
+
+
+def _replace(name, index, value):
+    def spoil(call):
+        call.arguments[name] = list(call.arguments[name])
+        call.arguments[name][index] = value(call)
+
+    return spoil
+
+
+def _uninitialized(shape=(3, 4), dtype=tf.float32):
+    return tf.raw_ops.VarHandleOp(dtype=dtype, shape=shape, shared_name="", name="empty")
+
+
+def _deleted():
+    handle = tf.raw_ops.VarHandleOp(dtype=tf.float32, shape=(3, 4), shared_name="gone")
+    tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros((3, 4)))
+    tf.raw_ops.DestroyResourceOp(resource=handle)
+    return handle
+
+
+def _table():
+    table = tf.lookup.experimental.MutableHashTable(tf.string, tf.int64, -1)
+    return table.resource_handle
+
+
+def _pairs(call):
+    return tf.stack([v.handle for v in call.weights[:2]])
+
+
+def _no_handle(call):
+    return _pairs(call)[:0]
+
+
+SPOILERS = {
+    "no variables": lambda call: call.arguments.update(
+        weights=[], gradients=[], slots=_no_handle(call), positions=[]
+    ),
+    "too few gradients": _set("gradients", lambda call: call.arguments["gradients"][:-1]),
+    "too many weights": _set("weights", lambda call: [v.handle for v in call.slots[:5]]),
+    "too few slots": _set("slots", lambda call: call.arguments["slots"][:-1]),
+    "too many slots": _set("slots", lambda call: [*call.arguments["slots"], call.reals.handle]),
+    "gradient of another shape": _replace("gradients", 0, lambda call: tf.zeros((4, 3))),
+    "gradient of another rank": _replace("gradients", 0, lambda call: tf.zeros(12)),
+    "gradient of another type": _replace("gradients", 0, lambda call: tf.zeros((3, 4), tf.float64)),
+    "integer gradient": _replace("gradients", 0, lambda call: tf.zeros((3, 4), tf.int32)),
+    "weight of another type": _replace(
+        "weights", 0, lambda call: call.keep(tf.Variable(tf.zeros((3, 4), tf.float64)))
+    ),
+    "slot of another shape": _replace(
+        "slots", 0, lambda call: call.keep(tf.Variable(tf.zeros((4, 4))))
+    ),
+    "slot of another type": _replace(
+        "slots", 0, lambda call: call.keep(tf.Variable(tf.zeros((3, 4), tf.int32)))
+    ),
+    "the same weight twice": _replace("weights", 3, lambda call: call.weights[0].handle),
+    "a weight as a slot": _replace("slots", 0, lambda call: call.weights[0].handle),
+    "the same slot twice": _replace("slots", 4, lambda call: call.slots[0].handle),
+    "reals as counts": _set("counts", lambda call: call.reals.handle),
+    "reals too short": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros(6)))),
+    "reals of another rank": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros((7, 1))))),
+    "counts too long": _set("counts", lambda call: call.keep(tf.Variable(tf.zeros(5, tf.int64)))),
+    "counts of another type": _set("counts", lambda call: call.keep(tf.Variable(tf.zeros(4)))),
+    "ratios without a coefficient": _set(
+        "trust_ratios", lambda call: [call.keep(tf.Variable(tf.ones(4)))]
+    ),
+    "a coefficient without ratios": _set(
+        "settings", tf.constant([1e-8, 0.1, 1.025, 1e-4, 0.02, 0.01, 0.975], tf.float64)
+    ),
+    "vector learning rate": _set("learning_rate", tf.zeros(2)),
+    "empty learning rate": _set("learning_rate", tf.zeros(0)),
+    "vector loss": _set("loss", tf.zeros(1)),
+    "no settings": _set("settings", tf.zeros(0, tf.float64)),
+    "short settings": _set("settings", tf.constant([1e-8, 0.0], tf.float64)),
+    "scalar settings": _set("settings", tf.constant(1e-8, tf.float64)),
+    "settings with NaN": _set("settings", tf.constant([1e-8, 0, np.nan, 0, 0, 0, 0], tf.float64)),
+    "epsilon zero": _set("settings", tf.constant([0, 0, 1, 1, 1, 1, 1], tf.float64)),
+    "negative coefficient": _set("settings", tf.constant([1, -1, 1, 1, 1, 1, 1], tf.float64)),
+    "settings of another line search": _set("line_search", "step"),
+    "unknown line search": _set("line_search", "armijo"),
+    "unknown rule": _set("update_rule", "newton"),
+    "too few weight decays": _set("weight_decays", tf.zeros(3, tf.float64)),
+    "matrix of weight decays": _set("weight_decays", tf.zeros((4, 1), tf.float64)),
+    "too few positions": _set("positions", [0, 1, 2]),
+    "uninitialized weight": _replace("weights", 0, lambda call: _uninitialized()),
+    "uninitialized slot": _replace("slots", 0, lambda call: _uninitialized()),
+    "uninitialized reals": _set("reals", lambda call: _uninitialized((7,))),
+    "deleted weight": _replace("weights", 0, lambda call: _deleted()),
+    "deleted slot": _replace("slots", 0, lambda call: _deleted()),
+    "a hash table as weight": _replace("weights", 0, lambda call: _table()),
+    "a hash table as slot": _replace("slots", 0, lambda call: _table()),
+    "two handles as weight": _replace("weights", 0, _pairs),
+    "no handle as reals": _set("reals", _no_handle),
+    "slots as a matrix": _set(
+        "slots", lambda call: tf.reshape(tf.stack(call.arguments["slots"]), (3, -1))
+    ),
+    "no slot handles": _set("slots", _no_handle),
+}
+
+
+def _keep(self, variable):
+    """Keeps a variable alive, and its bits under watch."""
+    self.variables.append(variable)
+    return variable.handle
+
+
+Call.keep = _keep
+
+LARS_SPOILERS = {
+    "position out of range": _set("positions", [0, 1, 2, 4]),
+    "negative position": _set("positions", [0, -1, 2, 3]),
+    "position twice": _set("positions", [0, 1, 1, 3]),
+    "ratios of another rank": _set(
+        "trust_ratios", lambda call: [call.keep(tf.Variable(tf.ones((4, 1))))]
+    ),
+    "scalar ratios": _set("trust_ratios", lambda call: [call.keep(tf.Variable(1.0))]),
+    "two vectors of ratios": _set(
+        "trust_ratios", lambda call: [call.ratios[0].handle, call.slots[0].handle]
+    ),
+}
+
+
+def fuzz(library, calls, seed):
+    """Runs random calls, good and bad, eager; returns how many were done and how many refused.
+
+    Whatever is passed, the process lives, a refused call changes no variable, and a call with a
+    gradient or loss that is not finite is skipped.
+    """
+    rng = np.random.default_rng(seed)
+    spoilers = {**SPOILERS, **LARS_SPOILERS}
+    values = [0.0, -0.0, 1.0, 1e-42, 1e-30, 1e30, 3e38, np.nan, np.inf, -np.inf]
+    done = refused = 0
+    call = None
+    for _ in range(calls):
+        if call is None or rng.random() < 0.02:
+            dtype = [tf.float32, tf.float64][rng.integers(2)]
+            lars = [0.0, 0.01][rng.integers(2)]
+            call = Call(int(rng.integers(1000)), dtype, bool(rng.integers(2)), lars)
+            good = dict(call.arguments)
+        call.arguments = dict(good)
+        if rng.random() < 0.3:
+            index = rng.integers(len(SHAPES))
+            gradients = list(good["gradients"])
+            gradients[index] = tf.fill(SHAPES[index], tf.cast(rng.choice(values), dtype))
+            call.arguments["gradients"] = gradients
+            call.arguments["loss"] = tf.cast(rng.choice(values), dtype)
+        for _ in range(rng.integers(3)):
+            name = rng.choice(list(spoilers))
+            try:
+                spoilers[name](call)
+            except (tf.errors.InvalidArgumentError, IndexError, TypeError, ValueError):
+                pass  # TensorFlow refuses to make such an argument, or another spoiler took it
+        before = call.bits()
+        try:
+            call.run(library)
+            done += 1
+        except (tf.errors.OpError, TypeError, ValueError):
+            refused += 1
+            assert call.bits() == before
+        del call.variables[len(SHAPES) * (4 if good["preconditioner"] else 3) + 2 + bool(lars) :]
+    return done, refused
