@@ -180,7 +180,7 @@ def check_identical(variables):
     """Checks that all workers hold the same bits.
 
     Args:
-        variables: list of Keras variables, in the same order on all workers.
+        variables: list of Keras or TensorFlow variables, in the same order on all workers.
 
     Raises:
         RuntimeError: on every worker, naming the first variable that differs.
@@ -193,10 +193,14 @@ def check_identical(variables):
         first = int(differs.argmax())
         workers = np.flatnonzero(all_digests[:, first] != all_digests[0, first]).tolist()
         raise RuntimeError(
-            f"The workers have drifted apart: variable '{variables[first].path}' on worker(s) "
+            f"The workers have drifted apart: variable '{_name(variables[first])}' on worker(s) "
             f"{workers} differs from that on worker 0 ({int(differs.sum())} of {len(variables)} "
             "variables differ). Were all variables broadcast, and is every gradient averaged?"
         )
+
+
+def _name(variable):
+    return getattr(variable, "path", variable.name)
 
 
 class BroadcastVariables(keras.callbacks.Callback):

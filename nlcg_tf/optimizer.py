@@ -103,6 +103,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             self.observed_loss = self._add_state("observed_loss", 0.0, keras.config.floatx())
         self._pending_loss = None
         self._loss_is_known = self._loss_comes_from_graph = False
+        self._count_without_slots = len(self.variables)
 
     def build(self, var_list):
         """Creates the slots: three of the shape of each variable, and scalars."""
@@ -222,7 +223,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
 
         def update(tensors, variables):
             *gradients, learning_rate = tensors
-            path = self._path(gradients, variables["weights"])
+            path = self._path(variables["weights"])
             path.update(self, gradients, learning_rate, variables, positions, weight_decays)
 
         learning_rate = ops.convert_to_tensor(learning_rate)
@@ -234,11 +235,11 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         else:
             update([*grads, learning_rate], variables)
 
-    def _path(self, gradients, weights):
+    def _path(self, weights):
         """The module that does this update: `nlcg_tf.fused` where it can, or `nlcg_tf.composed`."""
         if self.fused is False:
             return composed
-        reason = fused.why_not(self, gradients, weights)
+        reason = fused.why_not(self, weights)
         if self.fused is True and reason:
             raise RuntimeError(f"`fused=True`: {reason}")
         logger.debug("NLCG update: %s", f"composed path, {reason}" if reason else "fused op")
@@ -275,10 +276,9 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         Raises:
             ValueError: if the saved state does not fit, where Keras would only warn.
         """
-        unbuilt = 3 if self.line_search else 2
-        if self.built and len(store.keys()) == unbuilt:
+        if self.built and len(store.keys()) == self._count_without_slots:
             # Saved before the first update: there are no slots to restore.
-            for i, variable in enumerate(self.variables[:unbuilt]):
+            for i, variable in enumerate(self.variables[: self._count_without_slots]):
                 variable.assign(store[str(i)])
             return
         if self.built and store.keys() and len(store.keys()) != len(self.variables):

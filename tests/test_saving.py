@@ -113,11 +113,12 @@ def test_a_saved_state_that_does_not_fit_is_an_error(other, tmp_path):
 
 def test_weights_can_be_loaded_where_there_is_no_optimizer_state(tmp_path):
     """An untrained model, weights of a model without optimizer, a model not trained yet."""
-    untrained = regression_model()
-    untrained.compile(optimizer=NLCG(0.1), loss="mse")
-    untrained.save(tmp_path / "untrained.keras")
-    loaded = keras.models.load_model(tmp_path / "untrained.keras")
-    train(loaded, 0, 2)
+    for rate in (0.1, nlcg_tf.schedules.CifarSchedule(128, 2, 8)):
+        untrained = regression_model()
+        untrained.compile(optimizer=NLCG(rate), loss="mse")
+        untrained.save(tmp_path / "untrained.keras")
+        loaded = keras.models.load_model(tmp_path / "untrained.keras")
+        train(loaded, 0, 2)
 
     plain = regression_model(seed=5)
     plain.save_weights(tmp_path / "plain.weights.h5")

@@ -137,7 +137,7 @@ def train(
     Returns:
         The summary of the run, a dict.
     """
-    plan, began, record = trainer.plan, time.perf_counter(), resumed.get("record", {})
+    plan, began, record = trainer.plan, time.perf_counter(), resumed["record"]
     done = int(trainer.updates.numpy())
     for epoch in range(done // plan.updates_per_epoch, plan.epochs):
         first = done - epoch * plan.updates_per_epoch

@@ -79,7 +79,7 @@ def run(task):
             reporter,
             checkpoints,
             FLAGS.log_steps,
-            {"identity": identity, **resumed},
+            {"identity": identity, "record": resumed.get("record", {})},
         )
     except KeyboardInterrupt:
         reporter.say("interrupted: the same command with --resume goes on from the last epoch")

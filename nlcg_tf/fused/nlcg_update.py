@@ -67,12 +67,12 @@ def build_info():
     }
 
 
-def why_not(settings, gradients, weights):
+def why_not(settings, weights):
     """Why the op cannot do this update, in a sentence; `None` where it can.
 
     Args:
         settings: the optimizer.
-        gradients, weights: as for `update`.
+        weights: list of variables to be updated.
     """
     if keras.backend.backend() != "tensorflow":
         return f"the Keras backend is {keras.backend.backend()}, not tensorflow"
@@ -130,7 +130,7 @@ def update(settings, gradients, learning_rate, variables, positions, weight_deca
         reals=variables["reals"].handle,
         counts=variables["counts"].handle,
         trust_ratios=[variables["trust_ratios"].handle] if settings.lars_coefficient else [],
-        gradients=gradients,
+        gradients=[tf.cast(g, dtype) for g in gradients],
         learning_rate=tf.cast(learning_rate, dtype),
         loss=tf.cast(loss, dtype),
         settings=tf.constant(_settings_vector(settings), tf.float64),

@@ -1,0 +1,75 @@
+"""Times a whole training step: `python -m scripts.bench_step --json=out.json`.
+
+NLCG with the fused op and composed beside Keras' SGD with momentum: forward, backward, update; in
+turn, in one process, on random images.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import nlcg_tf
+from scripts.benchmarks import interleaved, machine, ratio, show_ratio, write_json
+from trainers.models import cifar_resnet
+
+CASES = {
+    "resnet32": (lambda: cifar_resnet(32, (32, 32, 3), 100), 128, 32, 100),
+    "resnet50": (lambda: keras.applications.ResNet50(weights=None), 16, 224, 1000),
+}
+OPTIMIZERS = {
+    "fused": lambda: nlcg_tf.NLCG(1e-4, fused=True),
+    "composed": lambda: nlcg_tf.NLCG(1e-4, fused=False),
+    "momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
+}
+
+
+def step_call(make_model, make_optimizer, images, labels):
+    model, optimizer = make_model(), make_optimizer()
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=model.layers[-1].activation is keras.activations.linear
+    )
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=False)
+    return lambda: model.train_on_batch(images, labels)
+
+
+def bench(name, repeats):
+    make_model, batch, size, classes = CASES[name]
+    rng = np.random.default_rng(0)
+    images = tf.constant(rng.normal(size=(batch, size, size, 3)), tf.float32)
+    labels = tf.constant(rng.integers(0, classes, batch))
+    calls = {key: step_call(make_model, make, images, labels) for key, make in OPTIMIZERS.items()}
+    seconds = interleaved(calls, repeats)
+    result = {
+        "batch": batch,
+        "milliseconds": {key: 1e3 * np.median(values) for key, values in seconds.items()},
+        "fused_over_momentum": ratio(seconds, "fused", "momentum"),
+        "composed_over_momentum": ratio(seconds, "composed", "momentum"),
+    }
+    print(f"{name}, batch {batch}, {size}x{size}, {repeats} rounds")
+    print("  median ms: " + ", ".join(f"{k} {v:.1f}" for k, v in result["milliseconds"].items()))
+    show_ratio("fused NLCG / momentum", result["fused_over_momentum"])
+    show_ratio("composed NLCG / momentum", result["composed_over_momentum"])
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", help="file for all figures")
+    arguments = parser.parse_args()
+    result = {"machine": machine(), "cases": {}}
+    print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")
+    for name in arguments.cases:
+        repeats = arguments.repeats * (4 if name == "resnet32" else 1)
+        result["cases"][name] = bench(name, repeats)
+    write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()

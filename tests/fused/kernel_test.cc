@@ -1,0 +1,263 @@
+// The CPU kernel without TensorFlow, against a plain double-precision loop; for scripts/sanitize.sh.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include "nlcg_update.h"
+
+using nlcg::Settings;
+
+#define CHECK(condition)                                                        \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
+      std::exit(1);                                                             \
+    }                                                                           \
+  } while (0)
+
+uint32_t random_state = 1;
+double Random() {  // in [-1, 1)
+  random_state = random_state * 1664525u + 1013904223u;
+  return (random_state >> 8) / 8388608.0 - 1.0;
+}
+
+// Exactly as many bytes as there are elements, so that the sanitizer sees a step beyond; `offset`
+// elements make the pointers unaligned to vectors.
+template <typename T>
+struct Buffers {
+  std::vector<std::vector<T>> w, d, h, g_prev, g;
+  std::vector<T> ratios;
+  std::vector<T> reals;
+  std::vector<int64_t> counts;
+  int offset;
+
+  Buffers(const std::vector<int64_t>& sizes, int offset) : offset(offset) {
+    for (int64_t size : sizes) {
+      for (auto* buffers : {&w, &d, &h, &g_prev, &g}) {
+        buffers->emplace_back(size + offset);
+        for (T& x : buffers->back()) x = T(buffers == &h ? 1.0 : Random());
+      }
+      for (T& x : d.back()) x = 0;
+      for (T& x : g_prev.back()) x = 0;
+    }
+    ratios.assign(sizes.size(), T(1));
+    reals.assign(8, T(0));
+    reals[nlcg::kScale] = 1;
+    counts.assign(4, 0);
+  }
+
+  std::vector<nlcg::Variable<T>> Variables(const Settings& settings, bool adopt) {
+    std::vector<nlcg::Variable<T>> variables;
+    for (size_t i = 0; i < w.size(); ++i) {
+      nlcg::Variable<T> v;
+      v.w = w[i].data() + offset;
+      v.d = d[i].data() + offset;
+      v.h = settings.preconditioner ? h[i].data() + offset : nullptr;
+      v.g_prev = g_prev[i].data() + offset;
+      v.g_prev_out = adopt ? nullptr : g_prev[i].data() + offset;
+      v.g = g[i].data() + offset;
+      v.trust_ratio = settings.lars_coefficient > 0 ? &ratios[i] : nullptr;
+      v.size = w[i].size() - offset;
+      v.weight_decay = i % 2 ? 0.01 : 0.0;
+      variables.push_back(v);
+    }
+    return variables;
+  }
+
+  std::vector<T> All() const {
+    std::vector<T> all(reals);
+    for (const auto* buffers : {&w, &d, &h, &g_prev}) {
+      for (const auto& buffer : *buffers) all.insert(all.end(), buffer.begin(), buffer.end());
+    }
+    all.insert(all.end(), ratios.begin(), ratios.end());
+    for (int64_t count : counts) all.push_back(T(count));
+    return all;
+  }
+};
+
+// Section 2 of the paper, one element after another in double.
+template <typename T>
+void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
+  const double eps = s.epsilon;
+  const bool first = b->counts[0] == 0;
+  const size_t n = b->w.size();
+  double ys = 0, shs = 0, mid = 0, fresh = 0, gd = 0, gg = 0, dd = 0;
+  const auto each = [&](auto body) {
+    for (size_t v = 0; v < n; ++v) {
+      for (size_t i = b->offset; i < b->w[v].size(); ++i) body(v, i);
+    }
+  };
+  each([&](size_t v, size_t i) {
+    const double g = b->g[v][i], p = b->g_prev[v][i], h = b->h[v][i];
+    const double step = b->reals[nlcg::kStepSize] * b->ratios[v] * b->d[v][i];
+    ys += (g - p) * step;
+    shs += step * h * step;
+    mid += g * p / (h + eps);
+  });
+  const bool accepted = s.preconditioner && !first && ys > eps && shs > eps;
+  each([&](size_t v, size_t i) {
+    const double g = b->g[v][i], y = g - b->g_prev[v][i];
+    double h = b->h[v][i];
+    const double step = b->reals[nlcg::kStepSize] * b->ratios[v] * b->d[v][i];
+    if (accepted) h = std::abs(h - h * step * h * step / (shs + eps) + y * y / (ys + eps));
+    b->h[v][i] = T(h);
+    fresh += g * g / (h + eps);
+  });
+  double beta = (fresh - (s.rule == nlcg::kPolakRibiere ? mid : 0)) / (b->reals[nlcg::kDelta] + eps);
+  beta = first ? 0 : std::fmin(std::fmax(beta, 0), 1);
+  double scale = b->reals[nlcg::kScale];
+  if (s.line_search == nlcg::kOnline) {
+    const double previous = b->reals[nlcg::kLoss];
+    if (!first && loss > previous + s.decrease_threshold * std::abs(previous)) {
+      scale = std::fmax(scale * s.decrease_factor, s.minimum_scale);
+    } else if (!first && loss < previous + s.increase_threshold * std::abs(previous)) {
+      scale = std::fmin(scale * s.increase_factor, 1);
+    }
+    b->reals[nlcg::kScale] = T(scale);
+    b->reals[nlcg::kLoss] = T(loss);
+  }
+  const double alpha = rate * (s.line_search == nlcg::kNoLineSearch ? 1 : scale);
+  for (size_t v = 0; v < n; ++v) {
+    double ww = 0, norm = 0;
+    for (size_t i = b->offset; i < b->w[v].size(); ++i) {
+      const double d = beta * b->d[v][i] - b->g[v][i] / (b->h[v][i] + eps);
+      b->d[v][i] = T(d);
+      gd += b->g[v][i] * d;
+      gg += double(b->g[v][i]) * b->g[v][i];
+      dd += d * d;
+      norm += d * d;
+      ww += double(b->w[v][i]) * b->w[v][i];
+    }
+    if (s.lars_coefficient > 0) {
+      b->ratios[v] = ww > 0 ? T(s.lars_coefficient * std::sqrt(ww) / (std::sqrt(norm) + eps)) : T(1);
+    }
+    for (size_t i = b->offset; i < b->w[v].size(); ++i) {
+      const double w = b->w[v][i], decay = v % 2 ? 0.01 : 0.0;
+      b->w[v][i] = T(w - w * decay * rate + alpha * b->ratios[v] * b->d[v][i]);
+      b->g_prev[v][i] = b->g[v][i];
+    }
+  }
+  b->reals[nlcg::kDelta] = T(fresh);
+  b->reals[nlcg::kStepSize] = T(alpha);
+  b->reals[nlcg::kBeta] = T(beta);
+  b->reals[nlcg::kCurvature] = s.preconditioner ? T(ys) : T(0);
+  b->reals[nlcg::kCosine] = gg > 0 && dd > 0 ? T(-gd / std::sqrt(gg) / std::sqrt(dd)) : T(0);
+  b->counts[nlcg::kUpdates] += 1;
+  b->counts[nlcg::kRejected] += s.preconditioner && !first && !accepted;
+  b->counts[nlcg::kLastApplied] = 1;
+}
+
+nlcg::ParallelFor Threads(int threads) {
+  return [threads](int64_t count, const std::function<void(int64_t, int64_t)>& work) {
+    std::vector<std::thread> workers;
+    for (int t = 0; t < threads; ++t) {
+      workers.emplace_back([=] { work(count * t / threads, count * (t + 1) / threads); });
+    }
+    for (auto& worker : workers) worker.join();
+  };
+}
+
+template <typename T>
+void Run(const Settings& settings, const std::vector<int64_t>& sizes, int offset, bool adopt) {
+  const double bound = sizeof(T) == 4 ? 2e-4 : 1e-11;
+  const uint32_t seed = random_state;
+  Buffers<T> expected(sizes, offset);
+  std::vector<Buffers<T>> actual;
+  for (int i = 0; i < 3; ++i) {
+    random_state = seed;
+    actual.emplace_back(sizes, offset);
+  }
+  const int threads[] = {1, 2, 7};
+  for (int update = 0; update < 8; ++update) {
+    const double loss = 2 + Random(), rate = 0.05;
+    const uint32_t gradients = random_state;
+    for (int i = -1; i < 3; ++i) {
+      Buffers<T>& b = i < 0 ? expected : actual[i];
+      random_state = gradients;
+      for (size_t v = 0; v < sizes.size(); ++v) {
+        for (size_t j = 0; j < b.g[v].size(); ++j) {
+          b.g[v][j] = T(expected.w[v][j] * (1 + v) + 0.1 * Random());
+        }
+      }
+      if (i < 0) continue;
+      b.reals[nlcg::kScale] = settings.line_search ? b.reals[nlcg::kScale] : T(1);
+      const bool done = nlcg::UpdateOnCpu<T>(settings, b.Variables(settings, adopt), T(rate), T(loss),
+                                             b.reals.data(), b.counts.data(), Threads(threads[i]));
+      CHECK(done);
+      if (adopt) b.g_prev = b.g;
+    }
+    Reference(settings, &expected, rate, loss);
+    CHECK(actual[0].All() == actual[1].All());  // the same bits for any number of threads
+    CHECK(actual[0].All() == actual[2].All());
+    const std::vector<T> a = actual[0].All(), e = expected.All();
+    double difference = 0, norm = 0;
+    for (size_t i = 8; i < a.size(); ++i) {
+      difference += (a[i] - e[i]) * (a[i] - e[i]);
+      norm += double(e[i]) * e[i];
+    }
+    CHECK(std::sqrt(difference) <= bound * std::sqrt(norm));
+  }
+
+  // A gradient or loss that is not finite: no byte changes but two counts.
+  Buffers<T>& b = actual[0];
+  for (double bad : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
+    for (int where = 0; where < 2; ++where) {
+      if (where == 1 && settings.line_search == nlcg::kNoLineSearch) continue;
+      size_t v = 0;
+      while (v < sizes.size() && sizes[v] == 0) ++v;
+      if (v == sizes.size()) continue;
+      T& element = b.g[v].back();
+      const T good = element;
+      if (where == 0) element = T(bad);
+      std::vector<T> before = b.All();
+      const bool done = nlcg::UpdateOnCpu<T>(settings, b.Variables(settings, false), T(0.05),
+                                             T(where == 1 ? bad : 1.0), b.reals.data(),
+                                             b.counts.data(), Threads(2));
+      CHECK(!done);
+      std::vector<T> after = b.All();
+      before.resize(before.size() - 4);
+      after.resize(after.size() - 4);
+      CHECK(std::memcmp(before.data(), after.data(), before.size() * sizeof(T)) == 0);
+      element = good;
+    }
+  }
+}
+
+template <typename T>
+void RunAll() {
+  Settings settings = {};
+  settings.epsilon = 1e-8;
+  settings.decrease_threshold = 0.02;
+  settings.increase_threshold = 0.01;
+  settings.decrease_factor = 0.975;
+  settings.increase_factor = 1.025;
+  settings.minimum_scale = 1e-4;
+  const std::vector<std::vector<int64_t>> shapes = {
+      {0}, {1}, {63, 64, 65}, {0, 7, 0, 16384, 1}, {16385, 3, 33000}, {100003}};
+  for (int preconditioner = 0; preconditioner < 2; ++preconditioner) {
+    for (int rule : {nlcg::kFletcherReeves, nlcg::kPolakRibiere}) {
+      for (double lars : {0.0, 0.02}) {
+        for (int line_search : {nlcg::kNoLineSearch, nlcg::kOnline}) {
+          settings.preconditioner = preconditioner;
+          settings.rule = rule;
+          settings.lars_coefficient = lars;
+          settings.line_search = line_search;
+          for (const auto& sizes : shapes) {
+            for (int offset : {0, 1}) Run<T>(settings, sizes, offset, offset == 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+int main() {
+  RunAll<float>();
+  RunAll<double>();
+  std::puts("kernel test passed");
+}
