@@ -42,6 +42,17 @@ def build(folder=HERE):
     if shutil.which(shlex.split(compiler)[0]) is None:
         raise RuntimeError(f"compiler {compiler!r} not found: install g++ or set CXX")
     nvcc = _nvcc(tf)
+    if nvcc and os.environ.get("NLCG_CUDA", "auto") == "auto":
+        try:
+            return _build(folder, tf, compiler, nvcc)
+        except RuntimeError as error:
+            # An nvcc that does not know these GPUs or this g++ is no reason to have no op at all.
+            print(f"building without CUDA, since its kernels failed: {error}", file=sys.stderr)
+            nvcc = None
+    return _build(folder, tf, compiler, nvcc)
+
+
+def _build(folder, tf, compiler, nvcc):
     compile_flags = [*FLAGS, *tf.sysconfig.get_compile_flags()]
     info = {
         "tensorflow": tf.__version__,
