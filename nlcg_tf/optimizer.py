@@ -56,7 +56,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         preconditioner: `"bfgs"`, or `None` for h = 1.
         line_search: `"online"` (the paper's), `"step"` (the released code's default), `None`, or an
             object of `nlcg_tf.line_search` with thresholds of your own.
-        epsilon: float > 0, added to denominators and the least curvature that is trusted.
+        epsilon: float, at least 1e-37; added to denominators, and the least trusted curvature.
         lars_coefficient: float > 0 or `None`. If set, the step of each variable v is scaled by
             lars_coefficient * ||v|| / (||d_v|| + epsilon) (You et al. 2017), and by 1 where v is
             all zero, which would never leave zero otherwise.
@@ -88,7 +88,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         _check("update_rule", update_rule, list(direction.RULES))
         _check("preconditioner", preconditioner, ["bfgs", None])
         _check("fused", fused, ["auto", True, False])
-        _check_positive("epsilon", epsilon)
+        _check_positive("epsilon", epsilon, at_least=1e-37)
         if lars_coefficient is not None:
             _check_positive("lars_coefficient", lars_coefficient)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
@@ -309,6 +309,9 @@ def _check(name, value, choices):
         raise ValueError(f"`{name}` must be one of {options}. Received: {name}={value!r}")
 
 
-def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1e30:
-        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
+def _check_positive(name, value, at_least=1e-300):
+    valid = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not valid or not at_least <= value < 1e30:
+        raise ValueError(
+            f"`{name}` must be a number between {at_least} and 1e30. Received: {name}={value!r}"
+        )

@@ -28,8 +28,9 @@ def bfgs(h, y, s, epsilon):
     accepted = (ys > epsilon) & (shs > epsilon) & ops.isfinite(ys) & ops.isfinite(shs)
 
     def update(h_i, hs_i, y_i):
-        # Each square is divided as it is formed: y^2 alone overflows float32 beyond 1.8e19.
+        # Each square is divided as it is formed: y^2 alone overflows float32 beyond 1.8e19. An
+        # element that overflows all the same keeps its value: an infinite h would never come back.
         candidate = h_i - hs_i * (hs_i / (shs + epsilon)) + y_i * (y_i / (ys + epsilon))
-        return ops.where(accepted, ops.abs(candidate), h_i)
+        return ops.where(accepted & ops.isfinite(candidate), ops.abs(candidate), h_i)
 
     return [update(*entry) for entry in zip(h, hs, y)], ys, accepted

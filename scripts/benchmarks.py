@@ -9,22 +9,27 @@ import time
 import numpy as np
 
 
-def interleaved(calls, repeats, warmup=2):
-    """Times functions in turn, A B C A B C ..., so that a slow moment of the machine hits all.
+def interleaved(calls, repeats, warmup=2, prepare=None):
+    """Times functions in turn, A B C B C A C A B ..., so that a slow moment hits all alike.
 
     Args:
         calls: dict of functions without arguments that return when the work is done.
         repeats: int, timed rounds.
         warmup: int, rounds before.
+        prepare: function to be called before each round, not timed.
 
     Returns:
         dict of arrays of seconds, one entry a round.
     """
     seconds = {name: [] for name in calls}
     for round_ in range(warmup + repeats):
-        for name, call in calls.items():
+        if prepare is not None:
+            prepare()
+        names = list(calls)
+        first = round_ % len(names)
+        for name in [*names[first:], *names[:first]]:
             began = time.perf_counter()
-            call()
+            calls[name]()
             if round_ >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return {name: np.array(values) for name, values in seconds.items()}

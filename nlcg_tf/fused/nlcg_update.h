@@ -93,8 +93,10 @@ NLCG_HOST_DEVICE V Abs(V x) {
 template <typename V, typename T>
 NLCG_HOST_DEVICE V HessianDiagonal(V h, V s, V y, T inv_shs, T inv_ys) {
   const V hs = h * s;
-  // Each square is scaled as it is formed: y^2 alone overflows float32 beyond 1.8e19.
-  return Abs(h - hs * (hs * inv_shs) + y * (y * inv_ys));
+  // Each square is scaled as it is formed: y^2 alone overflows float32 beyond 1.8e19. An element that
+  // overflows all the same keeps its value: an infinite h would never come back.
+  const V updated = h - hs * (hs * inv_shs) + y * (y * inv_ys);
+  return updated - updated == 0 ? Abs(updated) : h;
 }
 
 template <typename V, typename T>

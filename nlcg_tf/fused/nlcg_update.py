@@ -34,6 +34,7 @@ def _load():
         return None, f"the fused op cannot be loaded ({error}). Run `{BUILD_COMMAND}`"
 
 
+@functools.cache
 def _recorded():
     """What build.py wrote into the library; read from the file, for it may not load."""
     if not LIBRARY.is_file():
@@ -86,16 +87,22 @@ def why_not(settings, weights):
     ):
         return "XLA has no kernel for it: use jit_compile=False"
     dtypes = sorted({keras.backend.standardize_dtype(v.dtype) for v in weights})
-    if dtypes not in (["float32"], ["float64"]):
+    if dtypes not in (["float32"], ["float64"]) or dtypes != [settings.compute_dtype]:
         return f"all variables must be float32 or all float64, they are {', '.join(dtypes)}"
     if type(settings.line_search) not in LINE_SEARCHES:
         return f"it does not know the line search {settings.line_search!r}"
+    search = settings.line_search
+    if isinstance(search, StepLineSearch) and (len(search.limits) > 16 or search.period > 10**9):
+        return "it knows at most 16 limits, and periods up to 10^9"
     module, reason = _load()
     if module is None:
         _warn_once(reason)
         return reason
-    on_gpu = any("GPU" in (v.device or "") for v in weights)
-    if on_gpu and not _recorded()["cuda"]:
+    slots = [v.value for slot in settings.slots.values() for v in slot if v is not None]
+    devices = {v.device for v in [*weights, *slots, settings.reals.value, settings.counts.value]}
+    if len(devices) > 1:
+        return f"its variables lie on several devices: {', '.join(sorted(map(str, devices)))}"
+    if any("GPU" in (device or "") for device in devices) and not _recorded()["cuda"]:
         return f"it was built without CUDA. Run `NLCG_CUDA=1 {BUILD_COMMAND}`"
     return None
 
@@ -124,6 +131,9 @@ def update(settings, gradients, learning_rate, variables, positions, weight_deca
     with tf.init_scope():  # the handles are constants of a graph, packed once
         packed = module.nlcg_pack_handles(slots)
     loss = variables["loss"] if settings.line_search is not None else 0.0
+    with tf.device("CPU:0"):  # where the op reads them; on a GPU they would have to be fetched
+        vector = tf.constant(_settings_vector(settings), tf.float64)
+        weight_decays = tf.constant(weight_decays, tf.float64)
     module.nlcg_update(
         weights=[v.handle for v in variables["weights"]],
         slots=packed,
@@ -133,8 +143,8 @@ def update(settings, gradients, learning_rate, variables, positions, weight_deca
         gradients=[tf.cast(g, dtype) for g in gradients],
         learning_rate=tf.cast(learning_rate, dtype),
         loss=tf.cast(loss, dtype),
-        settings=tf.constant(_settings_vector(settings), tf.float64),
-        weight_decays=tf.constant(weight_decays, tf.float64),
+        settings=vector,
+        weight_decays=weight_decays,
         preconditioner=settings.preconditioner is not None,
         positions=positions,
         keep_slots=not tf.executing_eagerly(),

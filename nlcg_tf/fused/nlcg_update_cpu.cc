@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 // One library for every x86-64: each sweep is compiled for AVX-512, AVX2 and the baseline, and the
 // loader picks one. The width of the vectors below is fixed, so that all give the same bits.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(NLCG_NO_CLONES)
@@ -17,6 +21,7 @@ namespace nlcg {
 namespace {
 
 constexpr int64_t kChunk = 16384;
+constexpr int64_t kStreamed = 65536;
 
 typedef float FloatVector __attribute__((vector_size(64)));
 typedef double DoubleVector __attribute__((vector_size(64)));
@@ -48,6 +53,23 @@ NLCG_HOST_DEVICE typename Simd<T>::Vector Load(const T* p, int64_t count) {
 template <typename T>
 NLCG_HOST_DEVICE void Store(T* p, typename Simd<T>::Vector x, int64_t count) {
   std::memcpy(p, &x, count * sizeof(T));
+}
+
+// A store that goes past the caches: memory that is only written need not be read first.
+template <typename T>
+NLCG_HOST_DEVICE void Stream(T* p, typename Simd<T>::Vector x) {
+#if defined(__SSE2__)
+  FloatVector bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  float* to = reinterpret_cast<float*>(p);
+  for (int i = 0; i < 4; ++i) {
+    __m128 part;
+    std::memcpy(&part, reinterpret_cast<const char*>(&bits) + 16 * i, sizeof(part));
+    _mm_stream_ps(to + 4 * i, part);
+  }
+#else
+  Store(p, x, Lanes<T>());
+#endif
 }
 
 template <typename T>
@@ -92,7 +114,7 @@ struct CurvatureBody {
     check += g - g;
     ys += (g - g_prev) * s;
     shs += s * (h * s);
-    if (middle) mid += g * g_prev / (h + epsilon);
+    if (middle) mid += g * (g_prev / (h + epsilon));
   }
   NLCG_HOST_DEVICE Sums Result() const {
     return {Sum<T>(check), Sum<T>(ys), Sum<T>(shs), Sum<T>(mid)};
@@ -110,8 +132,8 @@ struct PlainBody {
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n);
     check += g - g;
-    fresh += g * g / (T(1) + epsilon);
-    if (middle) mid += g * Load(v.g_prev + i, n) / (T(1) + epsilon);
+    fresh += g * (g / (T(1) + epsilon));
+    if (middle) mid += g * (Load(v.g_prev + i, n) / (T(1) + epsilon));
   }
   NLCG_HOST_DEVICE Sums Result() const { return {Sum<T>(check), Sum<T>(fresh), 0, Sum<T>(mid)}; }
 };
@@ -150,6 +172,7 @@ struct StepBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
   const T epsilon, beta, alpha, decay_rate;
+  const bool stream;
   V gd = {}, gg = {}, dd = {}, ww = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), w = Load(v.w + i, n);
@@ -157,7 +180,11 @@ struct StepBody {
     if (kPreconditioner) h = Load(v.h + i, n);
     const V d = Direction(g, h, Load(v.d + i, n), epsilon, beta);
     Store(v.d + i, d, n);
-    if (v.g_prev_out != nullptr) Store(v.g_prev_out + i, g, n);
+    if (stream && n == Lanes<T>()) {
+      Stream(v.g_prev_out + i, g);
+    } else if (v.g_prev_out != nullptr) {
+      Store(v.g_prev_out + i, g, n);
+    }
     if (kLars) {
       ww += w * w;
     } else {
@@ -196,6 +223,9 @@ NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stag
   const bool middle = settings.rule == kPolakRibiere;
   const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1);
   const T decay_rate = T(v.weight_decay) * stage.decay_rate_unit;
+  // Only variables that do not stay in a cache until the next update gain by it.
+  const bool stream = v.g_prev_out != nullptr && v.size >= kStreamed &&
+                      reinterpret_cast<uintptr_t>(v.g_prev_out) % 16 == 0;
   switch (sweep) {
     case kSweepCurvature:
       if (!settings.preconditioner) return Run<T>(PlainBody<T>{v, epsilon, middle}, begin, end);
@@ -207,8 +237,8 @@ NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stag
     case kSweepStep:
 #define NLCG_STEP(preconditioner, lars)                                                          \
   return Run<T>(                                                                                 \
-      StepBody<T, preconditioner, lars>{v, epsilon, stage.beta, stage.alpha, decay_rate}, begin, \
-      end)
+      StepBody<T, preconditioner, lars>{v, epsilon, stage.beta, stage.alpha, decay_rate, stream}, \
+      begin, end)
       if (settings.preconditioner && settings.lars_coefficient > 0) NLCG_STEP(true, true);
       if (settings.preconditioner) NLCG_STEP(true, false);
       if (settings.lars_coefficient > 0) NLCG_STEP(false, true);
@@ -250,11 +280,16 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
   Stage<T> stage;
   const auto sweep = [&](Sweep kind) {
     parallel_for(chunks.size(), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t j = first; j < last; ++j) {
+        // Each sweep begins where the one before ended: there the caches still hold its data.
+        const int64_t i = kind == kSweepHessian ? int64_t(chunks.size()) - 1 - j : j;
         const Chunk& chunk = chunks[i];
         sums[i] = SweepChunk(kind, settings, stage, variables[chunk.variable], chunk.begin,
                              chunk.end);
       }
+#if defined(__SSE2__)
+      _mm_sfence();  // what was streamed must be there when the thread says that it is done
+#endif
     });
     Sums total;
     for (const Sums& sum : sums) total.Add(sum);

@@ -29,6 +29,8 @@ struct Entries {
   Entry<T> entry[kEntries];
 };
 
+static_assert(sizeof(Entries<double>) + 16 <= 4096, "more than a kernel's arguments may hold");
+
 struct Sums {
   double a, b, c, d;
 };
@@ -116,15 +118,15 @@ __global__ void __launch_bounds__(kThreads)
       a += g - g;
       b += (g - g_prev) * s;
       c += s * (h * s);
-      if (middle) d += g * g_prev / (h + epsilon);
+      if (middle) d += g * (g_prev / (h + epsilon));
     }
   } else if (kSweep == kSweepPlain) {
 #pragma unroll 4
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
       const T g = v.g[i];
       a += g - g;
-      b += g * g / (T(1) + epsilon);
-      if (middle) d += g * v.g_prev[i] / (T(1) + epsilon);
+      b += g * (g / (T(1) + epsilon));
+      if (middle) d += g * (v.g_prev[i] / (T(1) + epsilon));
     }
   } else if (kSweep == kSweepHessian) {
     const Stage<T>& stage = *scratch.stage;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/denormal.h"
 #include "tensorflow/core/util/work_sharder.h"
 #if NLCG_CUDA
 #include "nlcg_update_cuda.h"
@@ -75,7 +77,8 @@ keep_slots: whether the kernel remembers the slots, for a graph that is run agai
 // A graph pays some microseconds for each handle that it captures, more than the arithmetic of a small
 // variable. Weights must come one by one, for TensorFlow orders the op among their other uses; the
 // slots, which nothing else in a training step touches, come as one tensor of handles. So a function
-// that updates and also reads a slot may read it before or after; outside the function all is in order.
+// that updates and also reads or writes a slot may do so before or after the update; outside the
+// function all is in order.
 REGISTER_OP("NlcgPackHandles")
     .Input("handles: n * resource")
     .Output("packed: resource")
@@ -139,6 +142,7 @@ absl::Status CheckVariable(Var* var, DataType dtype, const TensorShape& shape, c
 }
 
 // Reads the vector of settings; optimizer settings come first, the line search's follow.
+template <typename T>
 absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
   const auto values = tensor.vec<double>();
   const int64_t size = values.size();
@@ -158,7 +162,8 @@ absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
     s->increase_threshold = values(5);
     s->decrease_factor = values(6);
   } else if (s->line_search == nlcg::kStep) {
-    if (size < 6 || size % 2 != 0 || size > 6 + 2 * nlcg::kMaxLimits) return wrong(20);
+    if (size < 6 || size % 2 != 0) return wrong(20);
+    if (size > 6 + 2 * nlcg::kMaxLimits) return Invalid("NlcgUpdate: too many limits");
     s->increase_factor = values(2);
     s->minimum_scale = values(3);
     s->smoothing = values(5);
@@ -177,8 +182,8 @@ absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
       return Invalid("NlcgUpdate: settings[", i, "] is not finite");
     }
   }
-  if (!(s->epsilon > 0)) {
-    return Invalid("NlcgUpdate: epsilon must be positive, is ", s->epsilon);
+  if (!(s->epsilon >= std::numeric_limits<T>::min() && s->epsilon < 1e30)) {
+    return Invalid("NlcgUpdate: epsilon must be a normal positive number, is ", s->epsilon);
   }
   if (!(s->lars_coefficient >= 0)) {
     return Invalid("NlcgUpdate: lars_coefficient must not be negative, is ",
@@ -228,7 +233,12 @@ struct CpuDevice {
       // A quarter of a cycle an element: below about a million elements, as in ResNet-32, waking
       // another thread takes longer than the sweep. Longer sweeps are bound by memory anyway.
       const int64_t cycles_per_chunk = count == 0 ? 1 : size / 4 / count + 1;
-      Shard(workers->num_threads, workers->workers, count, cycles_per_chunk, work);
+      Shard(workers->num_threads, workers->workers, count, cycles_per_chunk,
+            [&work](int64_t begin, int64_t end) {
+              // TensorFlow's threads flush denormals, the caller's may not: all must do alike.
+              port::ScopedFlushDenormal flush;
+              work(begin, end);
+            });
     };
     return nlcg::UpdateOnCpu<T>(settings, variables, *learning_rate, *loss, reals, counts,
                                 parallel_for);
@@ -314,7 +324,7 @@ class NlcgUpdateOp : public OpKernel {
                   Invalid("NlcgUpdate: settings and weight_decays must be vectors, "
                                           "got ", ctx->input(input).shape().DebugString()));
     }
-    OP_REQUIRES_OK(ctx, ParseSettings(ctx->input(settings_input), &settings));
+    OP_REQUIRES_OK(ctx, ParseSettings<T>(ctx->input(settings_input), &settings));
     OP_REQUIRES(ctx, (settings.lars_coefficient > 0) == (r_ == 1),
                 Invalid("NlcgUpdate: a LARS coefficient needs trust_ratios, and "
                                         "the other way round"));
@@ -429,6 +439,8 @@ class NlcgUpdateOp : public OpKernel {
     auto found = std::make_shared<Slots>();
     found->handles = handles;
     found->vars.resize(handles.NumElements());
+    // A name may come to mean another variable; a counted reference may not.
+    bool stable = true;
     for (int64_t i = 0; i < handles.NumElements(); ++i) {
       const absl::Status status =
           LookupResource(ctx, handles.flat<ResourceHandle>()(i), &found->vars[i]);
@@ -436,8 +448,9 @@ class NlcgUpdateOp : public OpKernel {
         ctx->CtxFailure(status);
         return nullptr;
       }
+      stable &= handles.flat<ResourceHandle>()(i).IsRefCounting();
     }
-    if (keep_slots_) slots_ = found;
+    if (keep_slots_ && stable) slots_ = found;
     return found;
   }
 
@@ -445,6 +458,7 @@ class NlcgUpdateOp : public OpKernel {
   static absl::Status CopyIfShared(OpKernelContext* ctx, Var* var,
                                    std::vector<std::pair<Var*, Tensor>>* copies) {
     Tensor* tensor = var->tensor();
+    if (tensor->TotalBytes() == 0) return absl::OkStatus();
     if (tensor->RefCountIsOne() && !var->copy_on_read_mode.load()) return absl::OkStatus();
     AllocatorAttributes attributes;
     attributes.set_gpu_compatible(true);
