@@ -29,12 +29,7 @@ def total(x):
 
 def dot(xs, ys):
     """The inner product of two lists of tensors, taken as two long vectors."""
-    return combine([total(x * y) for x, y in zip(xs, ys)])
-
-
-def combine(sums):
-    """Sum of a list of scalar tensors, in the order of the list."""
-    return ops.sum(ops.stack(sums))
+    return ops.sum(ops.stack([total(x * y) for x, y in zip(xs, ys)]))
 
 
 def all_finite(tensors):

@@ -76,7 +76,7 @@ template <typename T>
 struct Stage {
   bool skip, first, accepted;
   T step_prev, inv_ys, inv_shs;
-  T beta, alpha, decay_rate_unit;  // decay_rate_unit: the learning rate
+  T beta, alpha, learning_rate;
   double delta_mid;
   T reals[kComparedLoss + 1];
 };
@@ -111,7 +111,6 @@ NLCG_HOST_DEVICE V Weight(V w, V d, T decay_rate, T step) {
 
 // The scalar logic between the sweeps.
 
-template <typename T>
 NLCG_HOST_DEVICE double Bounded(const Settings& settings, double scale) {
   return scale < settings.minimum_scale ? settings.minimum_scale : scale > 1 ? 1 : scale;
 }
@@ -130,9 +129,9 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
     const double previous = reals[kLoss], magnitude = fabs(previous);
     if (!stage->first) {
       if (loss > previous + settings.decrease_threshold * magnitude) {
-        scale = Bounded<T>(settings, scale * settings.decrease_factor);
+        scale = Bounded(settings, scale * settings.decrease_factor);
       } else if (loss < previous + settings.increase_threshold * magnitude) {
-        scale = Bounded<T>(settings, scale * settings.increase_factor);
+        scale = Bounded(settings, scale * settings.increase_factor);
       }
     }
     stage->reals[kLoss] = loss;
@@ -147,7 +146,7 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
         for (int i = settings.limit_count - 1; i >= 0; --i) {
           if (ratio > settings.limits[i]) factor = settings.factors[i];
         }
-        scale = Bounded<T>(settings, scale * factor);
+        scale = Bounded(settings, scale * factor);
         compared = average;
       }
     }
@@ -157,7 +156,7 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
   stage->reals[kScale] = T(scale);
   stage->alpha = learning_rate * T(scale);
   stage->reals[kStepSize] = stage->alpha;
-  stage->decay_rate_unit = learning_rate;
+  stage->learning_rate = learning_rate;
   stage->skip = !Finite(stage->alpha) ||
                 (settings.line_search != kNoLineSearch && !Finite(loss));
 }

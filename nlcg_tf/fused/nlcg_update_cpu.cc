@@ -222,7 +222,7 @@ NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stag
   const T epsilon = T(settings.epsilon);
   const bool middle = settings.rule == kPolakRibiere;
   const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1);
-  const T decay_rate = T(v.weight_decay) * stage.decay_rate_unit;
+  const T decay_rate = T(v.weight_decay) * stage.learning_rate;
   // Only variables that do not stay in a cache until the next update gain by it.
   const bool stream = v.g_prev_out != nullptr && v.size >= kStreamed &&
                       reinterpret_cast<uintptr_t>(v.g_prev_out) % 16 == 0;

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   } else if (kSweep == kSweepStep) {
     const Stage<T>& stage = *scratch.stage;
-    const T decay_rate = T(v.weight_decay) * stage.decay_rate_unit;
+    const T decay_rate = T(v.weight_decay) * stage.learning_rate;
     const bool lars = settings.lars_coefficient > 0;
 #pragma unroll 4
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   } else {
     const Stage<T>& stage = *scratch.stage;
-    const T decay_rate = T(v.weight_decay) * stage.decay_rate_unit;
+    const T decay_rate = T(v.weight_decay) * stage.learning_rate;
     const T step = stage.alpha * ratio;
 #pragma unroll 4
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
