@@ -26,6 +26,7 @@ from scripts.benchmarks import interleaved, machine, ratio, show_ratio, write_js
 from trainers.models import cifar_resnet
 
 TRANSFERS = 16
+READS = 12  # of these
 OPTIMIZERS = {
     "fused": lambda: nlcg_tf.NLCG(1e-4, line_search=None, fused=True),
     "composed": lambda: nlcg_tf.NLCG(1e-4, line_search=None, fused=False),
@@ -67,19 +68,21 @@ def shrink(gradients):
         gradient.assign(0.99 * gradient)
 
 
-def triad_call(size):
-    """A function that runs a triad over vectors of `size` floats on all cores."""
+def memory_calls(size):
+    """Functions that run a triad, and read, three vectors of `size` floats on all cores."""
     source = pathlib.Path(__file__).with_name("triad.cc")
     library = pathlib.Path(tempfile.mkdtemp(), "triad.so")
-    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+    # -ffast-math: without it the maximum of floats is not vectorised.
+    flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", "-pthread"]
     subprocess.run(["g++", *flags, source, "-o", library], check=True)
-    function = ctypes.CDLL(str(library)).triad
+    functions = ctypes.CDLL(str(library))
     vectors = [np.ones(size, np.float32) for _ in range(3)]
-    pointers = [ctypes.c_void_p(v.ctypes.data) for v in vectors]
-    arguments = [*pointers, ctypes.c_float(3), ctypes.c_int64(size), machine()["cores"]]
-    call = lambda: function(*arguments)  # noqa: E731
-    call.vectors = vectors
-    return call
+    pointers = [v.ctypes.data_as(ctypes.c_void_p) for v in vectors]
+    count = (ctypes.c_int64(size), machine()["cores"])
+    return {
+        "triad": lambda: functions.triad(*pointers, ctypes.c_float(3), *count),
+        "read": lambda: functions.read_all(*pointers, *count),
+    }
 
 
 def bench(name, repeats):
@@ -94,8 +97,8 @@ def bench(name, repeats):
         assert calls[path].optimizer.diagnostics()["rejected_curvatures"] == 0
     # Not among them: it would sweep the small models out of the cache.
     vectors = max(size, 20_000_000)
-    triad_seconds = interleaved({"triad": triad_call(vectors)}, 10)["triad"]
-    triad = 3 * 4 * vectors / np.median(triad_seconds) / 1e9
+    memory = interleaved(memory_calls(vectors), 10)
+    triad, read = (3 * 4 * vectors / np.median(memory[key]) / 1e9 for key in ("triad", "read"))
     moved = TRANSFERS * 4 * size
     bandwidth = moved / np.median(seconds["fused"]) / 1e9
     result = {
@@ -107,6 +110,8 @@ def bench(name, repeats):
         "gigabytes_per_second": bandwidth,
         "triad_gigabytes_per_second": triad,
         "share_of_triad": bandwidth / triad,
+        "read_gigabytes_per_second": read,
+        "milliseconds_of_reading_alone": READS * 4 * size / read / 1e6,
     }
     print(f"{name}: {size:,} parameters in {len(shapes)} tensors, {repeats} rounds")
     print("  median ms: " + ", ".join(f"{k} {v:.2f}" for k, v in result["milliseconds"].items()))
@@ -115,6 +120,10 @@ def bench(name, repeats):
     print(
         f"  {moved / 1e6:,.0f} MB moved, {bandwidth:.1f} GB/s, "
         f"{bandwidth / triad:.0%} of the triad's {triad:.1f} GB/s"
+    )
+    print(
+        f"  its {READS} reads of the parameters alone take "
+        f"{result['milliseconds_of_reading_alone']:.2f} ms at the {read:.1f} GB/s of mere reading"
     )
     return result
 

@@ -14,6 +14,7 @@ run() {
   "$work/test"
 }
 run "plain, as shipped" -O3
+"$work/test" --large
 # The loader picks among function versions before a sanitizer is ready: without them here.
 run "AddressSanitizer" -DNLCG_NO_CLONES -fsanitize=address
 run "UndefinedBehaviorSanitizer" -DNLCG_NO_CLONES -fsanitize=undefined -fno-sanitize-recover=all
