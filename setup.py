@@ -47,7 +47,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["nlcg_tf", "nlcg_tf.fused"],
+    packages=["nlcg_tf", "nlcg_tf.fused", "nlcg_tf.horovod"],
     package_data={"nlcg_tf.fused": ["*.h", "*.cc", "*.cu"]},
     ext_modules=[Extension("nlcg_tf.fused.libnlcg_update", [])] if WITH_TENSORFLOW else [],
     cmdclass={"build_ext": BuildFusedOp},

@@ -51,6 +51,26 @@ def regression_data(examples=64, dtype="float32"):
     return x.astype(dtype), y.astype(dtype)
 
 
+def digits_model(dtype=None):
+    """A small network without batch norm for `digits_data`."""
+    initializers = [keras.initializers.GlorotNormal(seed=i) for i in range(2)]
+    return keras.Sequential(
+        [
+            keras.Input((64,), dtype=dtype),
+            keras.layers.Dense(32, "tanh", kernel_initializer=initializers[0], dtype=dtype),
+            keras.layers.Dense(10, kernel_initializer=initializers[1], dtype=dtype),
+        ]
+    )
+
+
+def digits_data(examples, dtype="float32"):
+    """Handwritten digits with pixels in [0, 1], and their one-hot labels."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return (x[:examples] / 16).astype(dtype), np.eye(10, dtype=dtype)[y[:examples]]
+
+
 class FollowGradients:
     """Runs the oracle beside a model: gradients from the model's weights, update by the oracle.
 

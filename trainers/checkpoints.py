@@ -1,5 +1,6 @@
-"""Checkpoints that are whole or not there: written beside, synced, renamed."""
+"""Checkpoints that are whole or not there: written beside, synced, renamed, with checksums."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ META = "meta.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run, each a folder `update-NNNNNNNN` named by the updates done.
+    """The checkpoints of one run: folders named by the updates and whole epochs done.
 
     Args:
         folder: path of the folder that holds them.
@@ -26,18 +27,24 @@ class Checkpoints:
         self._checkpoint = tf.train.Checkpoint(**objects)
 
     def all(self):
-        """The complete checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("update-*") if (p / META).is_file())
+        """The checkpoints, oldest first, damaged ones too."""
+        return sorted(self.folder.glob("update-*"))
 
-    def save(self, update, meta):
-        """Saves the objects and the JSON object `meta` as the state after `update` updates."""
-        target = self.folder / f"update-{update:08d}"
-        partial = self.folder / f"partial-{update:08d}"
-        for folder in (partial, target):
-            shutil.rmtree(folder, ignore_errors=True)
+    def save(self, update, epoch, meta):
+        """Saves the objects and the JSON object `meta` as the state after so many updates."""
+        name = f"{update:08d}-epoch-{epoch:04d}"
+        target, partial = self.folder / f"update-{name}", self.folder / f"partial-{name}"
+        if target.exists():
+            if damage(target) is None:
+                return
+            shutil.rmtree(target)
+        # What a killed process was writing is of no use to anyone.
+        for left_over in self.folder.glob("partial-*"):
+            shutil.rmtree(left_over)
         partial.mkdir(parents=True)
         self._checkpoint.write(str(partial / STATE))
-        (partial / META).write_text(json.dumps({"update": update, **meta}))
+        digests = {path.name: _digest(path) for path in partial.iterdir()}
+        (partial / META).write_text(json.dumps({**meta, "update": update, "files": digests}))
         for path in [*partial.iterdir(), partial]:
             _sync(path)
         partial.rename(target)
@@ -45,8 +52,29 @@ class Checkpoints:
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
 
+    def newest(self, warn):
+        """The newest checkpoint that is whole and its `meta`, or `(None, {})` if there is none.
+
+        Args:
+            warn: function of a line of text, called for each damaged one that is passed over.
+
+        Raises:
+            ValueError: if there are checkpoints, and all are damaged.
+        """
+        saved = self.all()
+        for path in reversed(saved):
+            found = damage(path)
+            if found is None:
+                return path, json.loads((path / META).read_text())
+            warn(f"warning: checkpoint {path} is damaged and passed over: {found}")
+        if saved:
+            raise ValueError(
+                f"all checkpoints under {self.folder} are damaged: remove them to start anew"
+            )
+        return None, {}
+
     def restore(self, path):
-        """Restores every object from `path` and returns its `meta`.
+        """Restores every object from `path`.
 
         Raises:
             ValueError: if what was saved and what is restored differ in any variable.
@@ -57,11 +85,24 @@ class Checkpoints:
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise ValueError(f"checkpoint {path} does not fit this run: {error}") from error
-        return self.meta(path)
 
-    def meta(self, path):
-        """The JSON object that was saved with the checkpoint at `path`."""
-        return json.loads((path / META).read_text())
+
+def damage(path):
+    """What is wrong with the files of the checkpoint at `path`, or `None`."""
+    try:
+        files = json.loads((path / META).read_text())["files"]
+        changed = [name for name, digest in files.items() if _digest(path / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(changed)} changed since it was written" if changed else None
+
+
+def _digest(path):
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path):

@@ -1,9 +1,12 @@
 """The training loop: virtual batches, evaluation, checkpoints; no data set, no model."""
 
+import pathlib
 import time
 
 import keras
 import tensorflow as tf
+
+from trainers import preemption
 
 AVERAGE_DECAY = 0.9999
 
@@ -13,24 +16,36 @@ class Trainer:
 
     Args:
         model: `keras.Model` from images to logits.
-        optimizer: `keras.optimizers.Optimizer`, made distributed if there are several workers.
-        plan: a `BatchPlan`.
+        optimizer: `keras.optimizers.Optimizer`.
+        workers: see `trainers.workers`.
         jit_compile: whether XLA compiles the forward and backward pass.
+        compression: of gradients between workers; see `nlcg_tf.horovod.DistributedOptimizer`.
     """
 
-    def __init__(self, model, optimizer, plan, jit_compile=False):
-        self.model, self.optimizer, self.plan = model, optimizer, plan
+    def __init__(self, model, optimizer, workers, jit_compile=False, compression=None):
+        self.model = model
         self.weights = model.trainable_variables
-        optimizer.build(self.weights)
+        # This update's mean loss, and whether a worker was told to stop.
+        self._signals = [tf.Variable(0.0, name=name) for name in ("loss", "stop")]
+        # Horovod: average the gradients, and with them the signals
+        self.optimizer = workers.DistributedOptimizer(optimizer, compression, self._signals)
+        self.optimizer.build(self.weights)
         self.averages = [tf.Variable(v) for v in self.weights]
         self.updates = tf.Variable(0, dtype=tf.int64)
-        # Sums over the epoch so far: loss, correct and seen examples; saved for an exact resume.
+        # Loss, correct and seen examples, summed over the epoch's updates and over this one.
         self.epoch_sums = tf.Variable(tf.zeros(3, tf.float64))
+        self._update_sums = tf.Variable(tf.zeros(3, tf.float64))
         self._gradient_sums = [tf.Variable(tf.zeros_like(v)) for v in self.weights]
         self._loss_sum = tf.Variable(0.0)
-        self._gradients = tf.function(self._gradients, jit_compile=jit_compile)
+        self._jit_compile = jit_compile
+
+    def divide(self, plan):
+        """Sets the `BatchPlan`; what depends on the number of workers is traced anew."""
+        self.plan = plan
+        self.gradients = tf.function(self._gradients, jit_compile=self._jit_compile)
         self.micro_step = tf.function(self._micro_step)
         self.apply = tf.function(self._apply)
+        self._forget_micro_steps()
 
     def _gradients(self, images, labels):
         with tf.GradientTape() as tape:
@@ -42,17 +57,25 @@ class Trainer:
 
     def _micro_step(self, images, labels):
         """Adds one micro-batch to the gradient and loss of the virtual batch."""
-        loss, correct, gradients = self._gradients(images, labels)
+        loss, correct, gradients = self.gradients(images, labels)
         for total, gradient in zip(self._gradient_sums, gradients):
             total.assign_add(gradient)
         self._loss_sum.assign_add(loss)
         seen = tf.cast(tf.shape(labels)[0], tf.float32)
-        self.epoch_sums.assign_add(tf.cast([loss * seen, correct, seen], tf.float64))
+        self._update_sums.assign_add(tf.cast([loss * seen, correct, seen], tf.float64))
 
-    def _apply(self):
-        """One update with the mean over the virtual batch; returns this worker's mean loss."""
+    def _apply(self, stop):
+        """One update with the mean over the virtual batch.
+
+        Args:
+            stop: scalar tensor, 1 if this worker was told to stop, otherwise 0.
+
+        Returns:
+            `(loss, stop)`, both averaged over the workers.
+        """
         loss = self._loss_sum / self.plan.micro_steps
-        # Horovod: a distributed optimizer averages loss and gradients over the workers here
+        for signal, value in zip(self._signals, (loss, stop)):
+            signal.assign(value)
         if hasattr(self.optimizer, "observe_loss"):
             self.optimizer.observe_loss(loss)
         gradients = [total / self.plan.micro_steps for total in self._gradient_sums]
@@ -61,10 +84,14 @@ class Trainer:
         decay = tf.minimum(AVERAGE_DECAY, (1 + n) / (10 + n))
         for average, weight in zip(self.averages, self.weights):
             average.assign_sub((1 - decay) * (average - weight))
-        for total in [*self._gradient_sums, self._loss_sum]:
-            total.assign(tf.zeros_like(total))
+        self.epoch_sums.assign_add(self._update_sums)
+        self._forget_micro_steps()
         self.updates.assign_add(1)
-        return loss
+        return [signal.read_value() for signal in self._signals]
+
+    def _forget_micro_steps(self):
+        for total in [*self._gradient_sums, self._loss_sum, self._update_sums]:
+            total.assign(tf.zeros_like(total))
 
     def objects(self):
         """What a checkpoint holds."""
@@ -79,6 +106,17 @@ class Trainer:
     def variables(self):
         """Everything that must be equal on all workers."""
         return [*self.model.variables, *self.optimizer.variables, *self.averages]
+
+    def state(self):
+        """The variables of `objects()`."""
+        return [*self.variables(), self.updates, self.epoch_sums]
+
+    def gather(self, workers):
+        """Makes the state of worker 0 that of all, before it is saved."""
+        # Horovod: each worker's batch norm saw its own part of each batch
+        workers.average_moving_statistics(self.model)
+        sums = workers.sum_over_workers(self.epoch_sums.numpy().tolist())
+        self.epoch_sums.assign(sums if workers.rank() == 0 else [0.0] * 3)
 
     def learning_rate(self):
         return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
@@ -119,7 +157,17 @@ class Trainer:
 
 
 def train(
-    trainer, training_batches, test_batches, workers, reporter, checkpoints, log_steps, resumed
+    trainer,
+    training_batches,
+    test_batches,
+    workers,
+    reporter,
+    checkpoints,
+    state,
+    identity,
+    log_steps,
+    checkpoint_steps,
+    commit_steps,
 ):
     """Trains from the trainer's current update to the end of its plan.
 
@@ -130,52 +178,95 @@ def train(
         workers: see `trainers.workers`.
         reporter: see `trainers.reporting`.
         checkpoints: a `Checkpoints` on worker 0, `None` elsewhere.
+        state: object with `record`, the record of the last epoch that is complete (`{}` before the
+            first), and `commit()`, called every `commit_steps` updates.
+        identity: JSON object to be saved with each checkpoint.
         log_steps: int, updates between two logged steps.
-        resumed: dict to be saved with each checkpoint; its "record" is that of the last epoch
-            before training goes on.
+        checkpoint_steps: int, updates between two checkpoints, or `None`: after each epoch only.
+        commit_steps: int, or `None` for workers that are not elastic.
 
     Returns:
         The summary of the run, a dict.
+
+    Raises:
+        preemption.Preempted: on all workers, with the state saved, if one was told to stop.
     """
-    plan, began, record = trainer.plan, time.perf_counter(), resumed["record"]
-    done = int(trainer.updates.numpy())
-    for epoch in range(done // plan.updates_per_epoch, plan.epochs):
+    plan, began = trainer.plan, time.perf_counter()
+    done = started_from = int(trainer.updates.numpy())
+    stopped = tf.constant(0.0)
+
+    def save():
+        trainer.gather(workers)
+        if checkpoints is not None:
+            checkpoints.save(done, epoch, {"identity": identity, "record": state.record})
+
+    def stop_if_told():
+        if float(stopped):
+            save()
+            # Horovod: nobody leaves before worker 0 has saved
+            workers.sum_over_workers([0])
+            raise preemption.Preempted
+
+    for epoch in range(state.record.get("epoch", 0), plan.epochs):
         first = done - epoch * plan.updates_per_epoch
         reporter.begin_epoch(epoch, plan.updates_per_epoch, first)
         epoch_began = time.perf_counter()
         batches = iter(training_batches(epoch, first))
         for _ in range(first, plan.updates_per_epoch):
-            for _ in range(plan.micro_steps):
+            for micro_step in range(plan.micro_steps):
                 trainer.micro_step(*next(batches))
+                if micro_step == 0:
+                    # Of the update before: so the host does not wait for this one.
+                    stop_if_told()
             done += 1
             logged = done % log_steps == 0 or done == 1
             # Reading a value makes the host wait for the device: only where it is shown.
             rate = trainer.learning_rate() if logged else None
-            loss = trainer.apply()
+            loss, stopped = trainer.apply(tf.constant(float(preemption.requested())))
             if logged:
                 reporter.step(_step_record(trainer, epoch, done, loss, rate))
             reporter.progress(loss)
-            if done == 1:
+            if done == started_from + 1:
                 workers.check_identical(_without_statistics(trainer))
+            if done % plan.updates_per_epoch:  # a whole epoch is saved with its record
+                if checkpoint_steps and done % checkpoint_steps == 0:
+                    save()
+                if commit_steps and done % commit_steps == 0:
+                    trainer.gather(workers)
+                    state.commit()
+        stop_if_told()
         seconds = time.perf_counter() - epoch_began
         speed = (plan.updates_per_epoch - first) * plan.global_batch_size / seconds
-        # Horovod: each worker's batch norm saw its own part of each batch
-        workers.average_moving_statistics(trainer.model)
+        trainer.gather(workers)
         workers.check_identical(trainer.variables())
         record = {"epoch": epoch + 1, "update": done, "images_per_second": speed}
         record.update(_evaluate(trainer, test_batches, workers))
         reporter.epoch(record)
         trainer.epoch_sums.assign(tf.zeros_like(trainer.epoch_sums))
-        if checkpoints is not None:
-            checkpoints.save(done, {**resumed, "record": record})
+        state.record = record
+        epoch += 1
+        save()
+        if commit_steps:
+            state.commit()
     return {
         "updates": done,
         "seconds": time.perf_counter() - began,
         "workers": plan.workers,
         "micro_steps": plan.micro_steps,
         "global_batch_size": plan.global_batch_size,
-        **record,
+        "peak_memory_bytes": _peak_memory(workers),
+        **state.record,
     }
+
+
+def _peak_memory(workers):
+    """The most memory that a worker has held, in bytes, as Linux counts it."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            own = 1024 * int(line.split()[1])
+    peaks = [0] * workers.size()
+    peaks[workers.rank()] = own
+    return int(max(workers.sum_over_workers(peaks)))
 
 
 def _step_record(trainer, epoch, done, loss, rate):

@@ -28,6 +28,23 @@ class BatchPlan:
         return self.epochs * self.updates_per_epoch
 
 
+def divide(global_batch_size, per_worker_batch_size, workers):
+    """The largest per-worker batch, at most the given one, that divides a global batch.
+
+    For elastic jobs, whose number of workers changes while the global batch must not.
+
+    Raises:
+        ValueError: if the global batch has no equal parts for so many workers.
+    """
+    if global_batch_size % workers:
+        raise ValueError(
+            f"--global_batch_size={global_batch_size} cannot be divided among {workers} worker(s): "
+            "choose one that is a multiple of every number of workers that you allow"
+        )
+    part = global_batch_size // workers
+    return max(b for b in range(1, min(part, per_worker_batch_size) + 1) if part % b == 0)
+
+
 def make_plan(examples, global_batch_size, per_worker_batch_size, workers, epochs):
     """Divides a global batch.
 

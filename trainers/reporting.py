@@ -17,7 +17,7 @@ PACKAGES = ("tensorflow", "keras", "numpy", "horovod", "nlcg_tf")
 class Silent:
     """The reporter of every worker but the first: says and writes nothing."""
 
-    def start(self, flags, lines, first_update):
+    def start(self, flags, lines, updates, epochs):
         pass
 
     def begin_epoch(self, epoch, updates, done):
@@ -38,6 +38,9 @@ class Silent:
     def finish(self, summary):
         pass
 
+    def close(self):
+        pass
+
 
 class Reporter(Silent):
     """The reporter of worker 0.
@@ -54,17 +57,23 @@ class Reporter(Silent):
         self.epochs = epochs
         self.terminal = sys.stdout.isatty()
         self.records = []
+        self._metrics = self._board = None
 
     def say(self, line):
         print(line, flush=True)
 
-    def start(self, flags, lines, first_update):
+    def start(self, flags, lines, updates, epochs):
+        """Begins, or goes on after so many updates and whole epochs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             # A resumed run writes again what came after its checkpoint; a killed one may have left
             # half a line.
-            self.records = [r for r in _parsed(metrics) if r["update"] <= first_update]
+            self.records = [
+                r
+                for r in _parsed(metrics)
+                if (r["epoch"] <= epochs if r["type"] == "epoch" else r["update"] <= updates)
+            ]
         partial = metrics.with_suffix(".partial")
         partial.write_text("".join(_line(record) for record in self.records))
         partial.replace(metrics)
@@ -99,9 +108,12 @@ class Reporter(Silent):
             f"{record['images_per_second']:.0f} images/s"
         )
 
+    def close(self):
+        for file in (self._metrics, self._board):
+            if file is not None:
+                file.close()
+
     def finish(self, summary):
-        self._metrics.close()
-        self._board.close()
         (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
         plot_curves(self.records, self.folder / "curves.png")
         if not math.isfinite(summary["loss"]):

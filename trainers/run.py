@@ -5,12 +5,13 @@ import pathlib
 import sys
 
 import keras
+import tensorflow as tf
 from absl import flags, logging
 
-from trainers import loop, reporting, settings, workers
+from trainers import loop, preemption, reporting, settings, workers
 from trainers.checkpoints import Checkpoints
 from trainers.optimizers import make_optimizer
-from trainers.plan import make_plan
+from trainers.plan import divide, make_plan
 
 FLAGS = flags.FLAGS
 
@@ -32,106 +33,146 @@ def run(task):
             training_batches(plan, rank, seed, epoch, first_update), test_batches(rank, workers)
     """
     logging.set_verbosity(logging.WARNING)
+    if not workers.is_elastic():  # there SIGTERM takes one worker, and the others go on
+        preemption.watch()
     cluster = workers.connect()
-    rank, size = cluster.rank(), cluster.size()
+    folder = pathlib.Path(FLAGS.output_dir or pathlib.Path("runs", _folder_name(task)))
     try:
         task.check()
-        plan = _plan(task, size)
-        folder = pathlib.Path(FLAGS.output_dir or pathlib.Path("runs", _folder_name(task)))
-        if rank == 0 and not FLAGS.resume and (folder / "metrics.jsonl").exists():
-            raise ValueError(f"--output_dir={folder} holds a run: pass --resume or another folder")
+        plan = _plan(task, cluster.size())
         task.load()
     except (ValueError, FileNotFoundError) as error:
-        _fail(error, rank)
+        _fail(error, cluster.rank())
 
-    identity = {**settings.identity(), **task.identity}
+    if FLAGS.deterministic:
+        tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(FLAGS.seed)
-    model = task.model()
     optimizer = make_optimizer(
         FLAGS.optimizer, task.schedule(plan), **settings.nlcg_arguments(task.default_line_search)
     )
-    # Horovod: average the gradients
-    optimizer = cluster.DistributedOptimizer(optimizer)
-    trainer = loop.Trainer(model, optimizer, plan, FLAGS.jit_compile)
+    compression = None if FLAGS.compression == "none" else FLAGS.compression
+    trainer = loop.Trainer(task.model(), optimizer, cluster, FLAGS.jit_compile, compression)
+    try:
+        if workers.is_elastic():
+            # Horovod: called again after each change of workers
+            state = cluster.ElasticState(trainer.state(), restored=False, record={})
+            cluster.elastic_run(_train)(state, task, trainer, cluster, folder)
+        else:
+            _train(OneSession(), task, trainer, cluster, folder)
+    except preemption.Preempted:
+        if cluster.rank() == 0:
+            print("stopped by SIGTERM, state saved: the same command goes on", flush=True)
+        raise SystemExit(preemption.EXIT_STATUS) from None
+    except KeyboardInterrupt:
+        if cluster.rank() == 0:
+            print("interrupted: the same command goes on from the last checkpoint", flush=True)
+        raise SystemExit(130) from None
 
-    reporter, checkpoints, resumed, failure = reporting.Silent(), None, {}, None
+
+class OneSession:
+    """What `nlcg_tf.horovod.ElasticState` is for elastic workers, where the workers stay."""
+
+    def __init__(self):
+        self.restored = False
+        self.record = {}
+
+
+def _train(state, task, trainer, cluster, folder):
+    """Trains with the workers that there are now."""
+    rank = cluster.rank()
+    identity = {**settings.identity(), **task.identity}
+    reporter, checkpoints, failure = reporting.Silent(), None, None
+    try:
+        plan = _plan(task, cluster.size())
+    except ValueError as error:
+        _fail(error, rank)
+    trainer.divide(plan)
     if rank == 0:
-        checkpoints = Checkpoints(folder / "checkpoints", **trainer.objects())
-        reporter = reporting.Reporter(folder, plan.epochs)
         try:
-            resumed = _restore(checkpoints, identity) if FLAGS.resume else {}
-            lines = _description(task, model, plan, resumed)
-            reporter.start(FLAGS.flag_values_dict(), lines, int(trainer.updates.numpy()))
+            reporter = reporting.Reporter(folder, plan.epochs)
+            checkpoints = Checkpoints(
+                folder / "checkpoints", FLAGS.keep_checkpoints, **trainer.objects()
+            )
+            lines = _description(task, trainer.model, plan)
+            if not state.restored:
+                lines += _restore(checkpoints, identity, state, reporter.say)
+            done = int(trainer.updates.numpy())
+            reporter.start(FLAGS.flag_values_dict(), lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error
     # Horovod: if worker 0 cannot begin, all end
     if sum(cluster.sum_over_workers([failure is not None])):
         _fail(failure, rank)
     # Horovod: all workers start from worker 0's state
-    cluster.broadcast([*trainer.variables(), trainer.updates, trainer.epoch_sums])
+    cluster.broadcast(trainer.state())
+    if rank > 0:
+        trainer.epoch_sums.assign([0.0] * 3)
+    state.restored = True
 
     try:
         summary = loop.train(
             trainer,
             lambda epoch, first: task.training_batches(plan, rank, FLAGS.seed, epoch, first),
-            task.test_batches(rank, size),
+            task.test_batches(rank, cluster.size()),
             cluster,
             reporter,
             checkpoints,
-            FLAGS.log_steps,
-            {"identity": identity, "record": resumed.get("record", {})},
+            state,
+            identity,
+            log_steps=FLAGS.log_steps,
+            checkpoint_steps=FLAGS.checkpoint_steps,
+            commit_steps=FLAGS.commit_steps if workers.is_elastic() else None,
         )
-    except KeyboardInterrupt:
-        reporter.say("interrupted: the same command with --resume goes on from the last epoch")
-        raise SystemExit(130) from None
-    reporter.finish({**summary, "parameters": _parameters(model), "seed": FLAGS.seed})
+        parameters = _parameters(trainer.model)
+        reporter.finish({**summary, "parameters": parameters, "seed": FLAGS.seed})
+    finally:
+        reporter.close()
 
 
 def _plan(task, size):
-    if FLAGS.per_worker_batch_size is None and FLAGS.global_batch_size % size:
-        raise ValueError(
-            f"--global_batch_size={FLAGS.global_batch_size} is not a multiple of {size} workers"
-        )
-    return make_plan(
-        task.examples,
-        FLAGS.global_batch_size,
-        FLAGS.per_worker_batch_size or FLAGS.global_batch_size // size,
-        size,
-        FLAGS.epochs,
-    )
+    batch, per_worker = FLAGS.global_batch_size, FLAGS.per_worker_batch_size
+    if workers.is_elastic():
+        per_worker = divide(batch, per_worker or batch, size)
+    elif per_worker is None:
+        if batch % size:
+            raise ValueError(f"--global_batch_size={batch} is not a multiple of {size} workers")
+        per_worker = batch // size
+    return make_plan(task.examples, batch, per_worker, size, FLAGS.epochs)
 
 
 def _folder_name(task):
     return f"{task.name}-{FLAGS.optimizer}-{FLAGS.global_batch_size}-seed{FLAGS.seed}"
 
 
-def _restore(checkpoints, identity):
-    """Restores the newest checkpoint; returns what it says besides the state.
+def _restore(checkpoints, identity, state, warn):
+    """Restores the newest whole checkpoint, if there is one; returns lines that say so.
 
     Raises:
-        ValueError: if there is none, or it is of a run with other flags.
+        ValueError: if it is of a run with other flags, or all are damaged.
     """
-    saved = checkpoints.all()
-    if not saved:
-        raise ValueError(f"--resume: no checkpoint under {checkpoints.folder}")
-    before = checkpoints.meta(saved[-1]).get("identity", {})
+    path, meta = checkpoints.newest(warn)
+    if path is None:
+        return []
+    before = meta.get("identity", {})
     changed = [name for name, value in identity.items() if before.get(name) != value]
     if changed:
         raise ValueError(
-            f"--resume: {saved[-1]} is of a run with other flags: "
+            f"{path} is of a run with other flags: "
             + ", ".join(f"--{name} was {before.get(name)}, is {identity[name]}" for name in changed)
+            + ". Choose another --output_dir, or remove this one to start anew"
         )
-    return {**checkpoints.restore(saved[-1]), "path": str(saved[-1])}
+    checkpoints.restore(path)
+    state.record = meta["record"]
+    return [f"resuming from {path}"]
 
 
-def _description(task, model, plan, resumed):
-    lines = [
+def _description(task, model, plan):
+    return [
         f"{task.name}: {_parameters(model):,} parameters, {task.examples:,} training images",
         f"{FLAGS.optimizer}: batch {plan.global_batch_size:,} = {plan.workers} worker(s) x "
         f"{plan.micro_steps} micro-step(s) x {plan.per_worker_batch_size:,}; "
         f"{plan.updates:,} updates in {plan.epochs} epochs",
     ]
-    return [*lines, f"resuming from {resumed['path']}"] if resumed else lines
 
 
 def _parameters(model):

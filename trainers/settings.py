@@ -32,7 +32,27 @@ flags.DEFINE_float("lars_coefficient", None, "NLCG: LARS coefficient.", lower_bo
 flags.DEFINE_bool("jit_compile", False, "Compile the forward and backward pass with XLA.")
 flags.DEFINE_integer("seed", 0, "Seed of weights, order and augmentation.", lower_bound=0)
 flags.DEFINE_string("output_dir", None, "Run folder; by default one named by the flags in runs/.")
-flags.DEFINE_bool("resume", False, "Go on from the newest checkpoint in the run folder.")
+flags.DEFINE_integer(
+    "checkpoint_steps",
+    None,
+    "Updates between two checkpoints, besides the one after each epoch. The same command started "
+    "again goes on from the newest one.",
+    lower_bound=1,
+)
+flags.DEFINE_integer("keep_checkpoints", 2, "How many of the newest stay.", lower_bound=1)
+flags.DEFINE_integer(
+    "commit_steps",
+    10,
+    "Elastic workers: updates between two commits, to which the others return when one is lost, "
+    "and at which new ones join.",
+    lower_bound=1,
+)
+flags.DEFINE_bool(
+    "deterministic", False, "TensorFlow's deterministic operations: the same run has the same bits."
+)
+flags.DEFINE_enum(
+    "compression", "none", ["none", "fp16", "bf16"], "Gradients between workers in 16 bits."
+)
 flags.DEFINE_integer("log_steps", 10, "Updates between two logged steps.", lower_bound=1)
 
 
@@ -47,6 +67,7 @@ DECISIVE = (
     "line_search",
     "lars_coefficient",
     "seed",
+    "compression",
 )
 
 

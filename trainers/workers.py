@@ -17,7 +17,7 @@ class OneProcess:
     def size(self):
         return 1
 
-    def DistributedOptimizer(self, optimizer, compression=None):
+    def DistributedOptimizer(self, optimizer, compression=None, average_with=()):
         return optimizer
 
     def broadcast(self, variables):
@@ -33,6 +33,11 @@ class OneProcess:
         pass
 
 
+def is_elastic():
+    """Whether workers of this job may come and go: horovodrun with --min-np or --max-np."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
 def connect():
     """Joins the job that this process was launched in.
 
@@ -43,13 +48,13 @@ def connect():
         SystemExit: if a launcher started several processes that Horovod cannot connect.
     """
     launched = max(int(os.environ.get(name) or 1) for name in SIZE_VARIABLES)
-    if launched == 1:
+    if launched == 1 and not is_elastic():
         return OneProcess()
     from nlcg_tf import horovod
 
     # Horovod: initialise, and pin one GPU to each process of a machine
     horovod.init()
-    if horovod.size() != launched:
+    if horovod.size() != launched and not is_elastic():
         raise SystemExit(
             f"error: {launched} processes were launched, but Horovod connects {horovod.size()}. "
             "Under mpirun or srun Horovod must be built with MPI (see README, Several machines); "

@@ -11,12 +11,23 @@ import traceback
 import keras
 import numpy as np
 import tensorflow as tf
-from problems import flat, regression_data, regression_model, relative_difference
+from problems import (
+    digits_data,
+    digits_model,
+    flat,
+    regression_data,
+    regression_model,
+    relative_difference,
+)
 
 import nlcg_tf.horovod as hvd
 from nlcg_tf import NLCG
+from nlcg_tf.horovod.optimizer import _Distributed
+from trainers import loop
+from trainers.plan import make_plan
 
 UPDATES, BATCH = 20, 64
+RULES = ("fletcher_reeves", "polak_ribiere")
 
 
 def make(name, **arguments):
@@ -28,42 +39,68 @@ def make(name, **arguments):
     return NLCG(schedule, name, **arguments)
 
 
-def trained(optimizer, x, y, micro_batches, dtype, **compile_arguments):
-    model = regression_model(dtype=dtype, units=64)
-    if hvd.rank() == 1 and isinstance(optimizer, hvd._Distributed):
+def part_of(x):
+    """This worker's part of a batch."""
+    return x[hvd.rank() * len(x) // 2 : (hvd.rank() + 1) * len(x) // 2]
+
+
+def trained(optimizer, model, loss, x, y, micro_batches=1, callbacks=(), **compile_arguments):
+    distributed = isinstance(optimizer, _Distributed)
+    if distributed:
+        x, y = part_of(x), part_of(y)
+    if hvd.rank() == 1 and distributed:
         # Workers that start apart must be brought together by the broadcast.
         model.set_weights([w + 1 for w in model.get_weights()])
-    model.compile(optimizer=optimizer, loss="mse", jit_compile=False, **compile_arguments)
+    model.compile(optimizer=optimizer, loss=loss, jit_compile=False, **compile_arguments)
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(len(x) // micro_batches).repeat()
     steps = UPDATES * micro_batches
-    callbacks = [hvd.BroadcastVariables()] if isinstance(optimizer, hvd._Distributed) else []
+    callbacks = [hvd.BroadcastVariables(), *callbacks] if distributed else []
     model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=callbacks)
     return model
 
 
 def check_virtual_batch_equals_real_batch():
+    """One process or two, whole batches or micro-batches: the same updates."""
     for dtype, bound in (("float32", 2e-5), ("float64", 1e-11)):
         keras.config.set_floatx(dtype)
-        x, y = regression_data(BATCH, dtype)
-        part = slice(hvd.rank() * BATCH // 2, (hvd.rank() + 1) * BATCH // 2)
-        for name in ("fletcher_reeves", "polak_ribiere", "momentum", "rmsprop"):
-            arguments = {"global_clipnorm": 0.5, "weight_decay": 0.01}
-            expected = flat(trained(make(name, **arguments), x, y, 1, dtype).get_weights())
-            for steps in (None, 2):
-                optimizer = make(name, gradient_accumulation_steps=steps, **arguments)
-                model = trained(
-                    hvd.DistributedOptimizer(optimizer), x[part], y[part], steps or 1, dtype
-                )
-                difference = relative_difference(flat(model.get_weights()), expected)
-                assert difference < bound, (dtype, name, steps, difference)
-                hvd.check_identical([*model.variables, *optimizer.variables])
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+        data = digits_data(BATCH, dtype)
+        for name, ema in [*((n, False) for n in (*RULES, "momentum", "rmsprop")), (RULES[0], True)]:
+            # Keras' own optimizers average the weights on each micro-step, if not distributed.
+            arguments = {"global_clipnorm": 0.5, "weight_decay": 0.01, "use_ema": ema}
+
+            def run(
+                processes, steps, loss=loss, name=name, arguments=arguments, dtype=dtype, data=data
+            ):
+                accumulation = steps if steps > 1 else None
+                optimizer = make(name, gradient_accumulation_steps=accumulation, **arguments)
+                if processes == 2:
+                    optimizer = hvd.DistributedOptimizer(optimizer)
+                model = trained(optimizer, digits_model(dtype), loss, *data, steps)
+                state = list(model.trainable_variables)
+                if name in RULES:
+                    state += [v for slot in optimizer.slots.values() for v in slot]
+                    state.append(optimizer.reals)
+                return model, optimizer, [flat([v]) for v in state]
+
+            _, _, expected = run(1, 1)
+            for processes, steps in ((1, 4), (2, 1), (2, 2)):
+                model, optimizer, actual = run(processes, steps)
+                weights = len(model.trainable_variables)
+                difference = relative_difference(flat(actual[:weights]), flat(expected[:weights]))
+                assert difference < bound, (dtype, name, processes, steps, difference)
+                if name in RULES:  # slots and line search
+                    rest = relative_difference(flat(actual[weights:]), flat(expected[weights:]))
+                    assert rest < bound, (dtype, name, processes, steps, rest)
+                if processes == 2:
+                    hvd.check_identical([*model.variables, *optimizer.variables])
     keras.config.set_floatx("float32")
 
 
 def check_custom_loop_eager_and_graph():
     x, y = regression_data(BATCH)
-    part = slice(hvd.rank() * BATCH // 2, (hvd.rank() + 1) * BATCH // 2)
-    expected = flat(trained(make("fletcher_reeves"), x, y, 1, None).get_weights())
+    plain = make("fletcher_reeves")
+    expected = flat(trained(plain, regression_model(units=64), "mse", x, y).get_weights())
     for graph in (False, True):
         model = regression_model(units=64)
         optimizer = hvd.DistributedOptimizer(make("fletcher_reeves"))
@@ -77,19 +114,56 @@ def check_custom_loop_eager_and_graph():
 
         step = tf.function(step) if graph else step
         for _ in range(UPDATES):
-            step(x[part], y[part])
+            step(part_of(x), part_of(y))
         difference = relative_difference(flat(model.get_weights()), expected)
         assert difference < 2e-5, (graph, difference)
 
 
 def check_compression():
     x, y = regression_data(BATCH)
-    part = slice(hvd.rank() * BATCH // 2, (hvd.rank() + 1) * BATCH // 2)
-    exact = flat(trained(make("fletcher_reeves"), x, y, 1, None).get_weights())
-    optimizer = hvd.DistributedOptimizer(make("fletcher_reeves"), "fp16")
-    model = trained(optimizer, x[part], y[part], 1, None)
-    assert 0 < relative_difference(flat(model.get_weights()), exact) < 0.01
-    hvd.check_identical([*model.variables, *optimizer.variables])
+    run = lambda optimizer, steps=1: trained(  # noqa: E731
+        optimizer, regression_model(units=64), "mse", x, y, steps
+    )
+    exact = flat(run(make("fletcher_reeves")).get_weights())
+    for compression, bound in (("fp16", 0.002), ("bf16", 0.02)):
+        for steps in (None, 2):
+            optimizer = make("fletcher_reeves", gradient_accumulation_steps=steps)
+            optimizer = hvd.DistributedOptimizer(optimizer, compression)
+            model = run(optimizer, steps or 1)
+            difference = relative_difference(flat(model.get_weights()), exact)
+            assert 0 < difference < bound, (compression, steps, difference)
+            hvd.check_identical([*model.variables, *optimizer.variables])
+
+
+def check_bf16_average_is_that_of_the_rounded_values():
+    """Odd sizes, which do not divide among the workers, and a range that float16 has not."""
+    variables = [keras.Variable(np.zeros(n, "float32")) for n in (1, 5, 7)]
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), "bf16")
+    draw = lambda rank: np.random.default_rng(rank).normal(size=13) * 1e30  # noqa: E731
+    gradients = np.split(draw(hvd.rank()).astype("float32"), [1, 6])
+    optimizer.apply([tf.constant(g) for g in gradients], variables)
+    rounded = [tf.cast(tf.cast(draw(r), tf.bfloat16), tf.float32).numpy() for r in range(2)]
+    mean = tf.cast((rounded[0] + rounded[1]) / 2, tf.bfloat16).numpy().astype("float32")
+    np.testing.assert_array_equal(flat(variables), -mean.astype("float64"))
+
+
+def check_traffic():
+    """One round for an update, of the gradients' bytes and at most 64 more; none in micro-steps."""
+    layers = [keras.layers.Flatten(), *digits_model().layers]
+    model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+    trainer = loop.Trainer(model, NLCG(0.1), hvd)
+    trainer.divide(make_plan(1000, 64, 8, 2, 1))
+    image = tf.TensorSpec((8, 8, 8, 1), tf.float32), tf.TensorSpec((8,), tf.int32)
+
+    def sent(function, *arguments):
+        graph = function.get_concrete_function(*arguments).graph
+        operations = [op for op in graph.get_operations() if op.type.startswith("Horovod")]
+        return [sum(x.shape.num_elements() * x.dtype.size for x in op.inputs) for op in operations]
+
+    gradients = sum(4 * v.shape.num_elements() for v in model.trainable_variables)
+    assert sent(trainer.micro_step, *image) == []
+    (round_,) = sent(trainer.apply, tf.TensorSpec(()))
+    assert gradients < round_ <= gradients + 64, (round_, gradients)
 
 
 def check_a_drifted_worker_is_named():
@@ -141,6 +215,13 @@ def check_what_is_refused():
     expect(ValueError, "distributed already", hvd.DistributedOptimizer, distributed)
     expect(ValueError, "Keras 3 optimizer.*'adam'", hvd.DistributedOptimizer, "adam")
     expect(ValueError, "compression='zip'", hvd.DistributedOptimizer, NLCG(0.1), "zip")
+    import horovod.tensorflow.keras
+
+    wrapped = horovod.tensorflow.keras.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    expect(ValueError, "Horovod's own DistributedOptimizer", hvd.DistributedOptimizer, wrapped)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        variable, sgd = keras.Variable([1.0]), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        expect(RuntimeError, "tf.distribute", sgd.apply, [tf.constant([1.0])], [variable])
     scaled = keras.optimizers.LossScaleOptimizer
     expect(ValueError, r"DistributedOptimizer\(keras.optimizers.LossScale", scaled, distributed)
     accumulating = scaled(NLCG(0.1, gradient_accumulation_steps=2))
@@ -167,9 +248,65 @@ def check_moving_statistics_are_averaged_by_the_callback():
     optimizer = hvd.DistributedOptimizer(NLCG(0.1))
     model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
     callbacks = [hvd.BroadcastVariables(), hvd.AverageMovingStatistics()]
-    part = slice(hvd.rank() * BATCH // 2, (hvd.rank() + 1) * BATCH // 2)
-    model.fit(x[part], y[part], verbose=0, validation_data=(x, y), callbacks=callbacks)
+    model.fit(part_of(x), part_of(y), verbose=0, validation_data=(x, y), callbacks=callbacks)
     hvd.check_identical([*model.variables, *optimizer.variables])
+
+
+def check_metrics_are_summed_and_workers_compared_in_fit():
+    """With unequal parts the logs are those of all examples, not the mean of two means."""
+    x, y = digits_data(96)
+    size = 64 if hvd.rank() == 0 else 32
+    mine = slice(0, 64) if hvd.rank() == 0 else slice(64, 96)
+    model = digits_model()
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    metrics = ["accuracy", keras.metrics.TopKCategoricalAccuracy(3, name="top3")]
+    optimizer = hvd.DistributedOptimizer(NLCG(0.01))
+    model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=False)
+    callbacks = [hvd.BroadcastVariables(), hvd.SumMetrics(), hvd.CheckIdentical()]
+    history = model.fit(
+        x[mine],
+        y[mine],
+        batch_size=size,
+        epochs=2,
+        verbose=0,
+        callbacks=callbacks,
+        validation_data=(x[mine], y[mine]),
+        validation_freq=2,
+    ).history
+    model.compile(loss=loss, metrics=metrics, jit_compile=False)
+    model.evaluate(x[mine], y[mine], verbose=0)
+    summed = hvd.sum_metrics(model)
+    whole = model.evaluate(x, y, verbose=0, return_dict=True)
+    for name, value in whole.items():
+        np.testing.assert_allclose(history[f"val_{name}"][0], value, rtol=1e-6)
+        np.testing.assert_allclose(summed[name], value, rtol=1e-6)
+    # The first epoch has one update and no evaluation, the second one both.
+    assert len(history["accuracy"]) == 2 and len(history["val_accuracy"]) == 1
+    for values in history.values():
+        assert hvd.sum_over_workers(values) == [2 * value for value in values]
+    assert history["accuracy"][1] * 96 == round(history["accuracy"][1] * 96, 4)
+
+
+def check_a_worker_that_drifts_in_fit_is_named():
+    x, y = regression_data(BATCH)
+    model = regression_model()
+    optimizer = hvd.DistributedOptimizer(make("fletcher_reeves", gradient_accumulation_steps=2))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+
+    class Drift(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3 and hvd.rank() == 1:
+                model.trainable_variables[1].assign_add(tf.ones(6))
+
+    callbacks = [hvd.BroadcastVariables(), Drift(), hvd.CheckIdentical()]
+
+    # Five micro-batches: the epoch ends within a virtual batch, whose sums differ as they should.
+    def fit(callbacks):
+        targets = y[:40] * (1 + hvd.rank())
+        model.fit(x[:40], targets, batch_size=8, callbacks=callbacks, verbose=0)
+
+    fit([callbacks[0], callbacks[2]])
+    expect(RuntimeError, r"'sequential.*bias' on worker\(s\) \[1\]", fit, callbacks)
 
 
 def check_bfloat16_variables():

@@ -1,0 +1,101 @@
+"""Keras callbacks for several workers."""
+
+import keras
+
+from nlcg_tf.horovod.collectives import (
+    average_moving_statistics,
+    broadcast,
+    check_identical,
+    sum_metrics,
+)
+
+
+class BroadcastVariables(keras.callbacks.Callback):
+    """Starts all workers from the model and optimizer state of worker `root_rank`.
+
+    Raises:
+        ValueError: when training begins, if the model is not built yet.
+    """
+
+    def __init__(self, root_rank=0):
+        super().__init__()
+        self.root_rank = root_rank
+
+    def on_train_begin(self, logs=None):
+        if not self.model.built:
+            raise ValueError(
+                "BroadcastVariables needs the variables before the first batch, but the model has "
+                "none yet. Begin it with a keras.Input, or call model.build(input_shape) before "
+                f"`fit`. Received: model={self.model.name!r}"
+            )
+        optimizer = self.model.optimizer
+        if not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
+        broadcast([*self.model.variables, *optimizer.variables], self.root_rank)
+
+
+class AverageMovingStatistics(keras.callbacks.Callback):
+    """Averages batch norm's moving statistics before each evaluation and at the end of an epoch.
+
+    Put it before callbacks that save the model.
+    """
+
+    def on_test_begin(self, logs=None):
+        average_moving_statistics(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        average_moving_statistics(self.model)
+
+
+class SumMetrics(keras.callbacks.Callback):
+    """Makes the logs of `fit` those of all workers' examples together; see `sum_metrics`.
+
+    Put it before callbacks that read the logs.
+    """
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._training, self._evaluation = None, {}
+
+    def on_test_begin(self, logs=None):
+        # Evaluation resets the metrics before the end of the epoch is told.
+        self._training = sum_metrics(self.model)
+
+    def on_test_end(self, logs=None):
+        self._evaluation = sum_metrics(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        results = dict(self._training or sum_metrics(self.model))
+        results.update({f"val_{name}": value for name, value in self._evaluation.items()})
+        if logs is not None:
+            logs.update({name: results[name] for name in results if name in logs})
+
+
+class CheckIdentical(keras.callbacks.Callback):
+    """Compares weights and optimizer state of all workers after the first update and each epoch.
+
+    Raises:
+        RuntimeError: on every worker, naming the first variable that differs.
+    """
+
+    def on_train_begin(self, logs=None):
+        self._start = self._updates()
+        self._checked = False
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not self._checked and self._updates() > self._start:
+            self._checked = True
+            self._check()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._check()
+
+    def _updates(self):
+        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+
+    def _check(self):
+        optimizer = self.model.optimizer
+        # In the middle of a virtual batch each worker has gradients of its own.
+        own = {id(v) for v in getattr(optimizer, "_accumulated_gradients", ())}
+        own.add(id(getattr(optimizer, "observed_loss", None)))
+        state = [v for v in optimizer.variables if id(v) not in own]
+        check_identical([*self.model.trainable_variables, *state])

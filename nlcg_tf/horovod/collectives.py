@@ -1,0 +1,134 @@
+"""What all workers do together: averages, sums, broadcasts and comparisons of tensors."""
+
+import hashlib
+import os
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+
+# After these seconds without one of the workers Horovod names it, in the log of worker 0.
+STALL_SECONDS = 30
+
+
+def init():
+    """Joins the job that this process was launched in: `horovod.init`."""
+    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(STALL_SECONDS))
+    hvd.init()
+
+
+def average(tensors):
+    """Averages over the workers: one grouped all-reduce, or one for each type of number."""
+    averages = list(tensors)
+    for dtype in {x.dtype: None for x in tensors}:
+        places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        group = [tensors[i] for i in places]
+        if dtype == tf.bfloat16:
+            group = _average_bfloat16(group)
+        else:
+            # The word Horovod in the names tells `elastic_run` whose errors it sees.
+            name = f"Horovod_average_{dtype.name}"
+            group = hvd.grouped_allreduce(group, op=hvd.Average, name=name)
+        for i, x in zip(places, group):
+            averages[i] = x
+    return averages
+
+
+def _average_bfloat16(tensors):
+    """Averages bfloat16 tensors, which Horovod's own reductions do not know.
+
+    As in a ring all-reduce each worker sums one part: it gets the others' words of that part, adds
+    them up in float32 in the order of the ranks, and sends the mean to all. The volume is that of
+    a ring all-reduce of 16-bit words.
+    """
+    flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], axis=0)
+    workers, count = hvd.size_op(), tf.size(flat)
+    words = tf.bitcast(tf.pad(flat, [[0, -count % workers]]), tf.uint16)
+    received = hvd.alltoall(words, name="Horovod_exchange_bfloat16")
+    parts = tf.reshape(tf.cast(tf.bitcast(received, tf.bfloat16), tf.float32), [workers, -1])
+    mean = tf.reduce_sum(parts, axis=0) / tf.cast(workers, tf.float32)
+    words = tf.bitcast(tf.cast(mean, tf.bfloat16), tf.uint16)
+    words = hvd.allgather(words, name="Horovod_gather_bfloat16")[:count]
+    averages = tf.split(tf.bitcast(words, tf.bfloat16), [x.shape.num_elements() for x in tensors])
+    return [tf.reshape(part, x.shape) for part, x in zip(averages, tensors)]
+
+
+def broadcast(variables, root_rank=0):
+    """Gives all workers the values that worker `root_rank` holds.
+
+    Args:
+        variables: list of Keras or TensorFlow variables, equal in number, order and shapes.
+    """
+    hvd.broadcast_variables(plain(variables), root_rank)
+
+
+def plain(variables):
+    """The TensorFlow variables behind a list of Keras or TensorFlow variables."""
+    return [v.value if isinstance(v, keras.Variable) else v for v in variables]
+
+
+def sum_over_workers(values):
+    """Sums a list of numbers over all workers in float64 (integers are exact up to 2^53)."""
+    values = tf.constant(values, tf.float64)
+    return hvd.allreduce(values, op=hvd.Sum, name="Horovod_sum").numpy().tolist()
+
+
+def sum_metrics(model):
+    """The model's metrics over the examples of all workers.
+
+    A metric's state (totals and counts) is summed over the workers and its result computed from
+    that, so that unequal parts of the data count as they should. Exact for metrics whose state is
+    a sum, as that of Keras' own metrics is. Call it after `model.evaluate`, on all workers.
+
+    Returns:
+        dict of floats, as `model.evaluate(..., return_dict=True)` returns it.
+    """
+    variables = [v for metric in model.metrics for v in metric.variables]
+    own = [v.numpy() for v in variables]
+    if not own:
+        return {}
+    sums = np.array(sum_over_workers(np.concatenate([x.ravel() for x in own])))
+    for variable, x in zip(variables, np.split(sums, np.cumsum([x.size for x in own])[:-1])):
+        variable.assign(x.reshape(variable.shape))
+    results = keras.tree.map_structure(float, model.get_metrics_result())
+    for variable, x in zip(variables, own):
+        variable.assign(x)
+    return results
+
+
+def average_moving_statistics(model):
+    """Averages the model's floating-point state (batch norm's moving mean and variance).
+
+    Each worker sees its own part of the batch; call this before evaluation and before saving.
+    """
+    statistics = [v for v in model.non_trainable_variables if "float" in str(v.dtype)]
+    for variable, mean in zip(statistics, average([tf.convert_to_tensor(v) for v in statistics])):
+        variable.assign(mean)
+
+
+def check_identical(variables):
+    """Checks that all workers hold the same bits.
+
+    Args:
+        variables: list of Keras or TensorFlow variables, in the same order on all workers.
+
+    Raises:
+        RuntimeError: on every worker, naming the first variable that differs.
+    """
+    digests = [hashlib.sha256(np.asarray(v).tobytes()).digest()[:8] for v in variables]
+    own = np.frombuffer(b"".join(digests), np.int64)
+    all_digests = hvd.allgather(tf.constant(own[None]), name="Horovod_check").numpy()
+    differs = (all_digests != all_digests[0]).any(axis=0)
+    if differs.any():
+        first = int(differs.argmax())
+        workers = np.flatnonzero(all_digests[:, first] != all_digests[0, first]).tolist()
+        raise RuntimeError(
+            f"The workers have drifted apart: variable '{_name(variables[first])}' on worker(s) "
+            f"{workers} differs from that on worker 0 ({int(differs.sum())} of {len(variables)} "
+            "variables differ). Were all variables broadcast, and is every gradient averaged?"
+        )
+
+
+def _name(variable):
+    return getattr(variable, "path", variable.name)

@@ -1,0 +1,72 @@
+"""Workers that come and go: what Horovod's elastic engine needs from Keras 3."""
+
+import functools
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+from horovod.common.elastic import ObjectState, run_fn
+from horovod.common.exceptions import HorovodInternalError
+
+from nlcg_tf.horovod.collectives import broadcast, init, plain
+
+
+class ElasticState(ObjectState):
+    """What the workers of an elastic job share: variables, and values as attributes.
+
+    `commit()` keeps a copy of them in host memory, to which the others return when a worker is
+    lost, and lets workers join that wait to. Horovod's own `TensorFlowState` does not give the
+    variables to workers that join, and its `TensorFlowKerasState` cannot read Keras 3 optimizers.
+
+    Args:
+        variables: list of Keras or TensorFlow variables.
+        **values: Python values, `update=0, ...`, to be found as `state.update`.
+    """
+
+    def __init__(self, variables, **values):
+        self._variables = plain(variables)
+        self._keep()
+        super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **values)
+
+    def save(self):
+        self._keep()
+        super().save()
+
+    def restore(self):
+        for variable, value in zip(self._variables, self._kept):
+            variable.assign(value)
+        super().restore()
+
+    def sync(self):
+        broadcast(self._variables)
+        self._keep()
+        super().sync()
+
+    def _keep(self):
+        self._kept = [v.numpy() for v in self._variables]
+
+
+def elastic_run(function):
+    """Decorates `function(state, ...)` to be called again after each change of workers.
+
+    See `horovod.elastic.run`, whose engine this is. Functions traced by TensorFlow that depend on
+    the number of workers must be made anew in each call, and nothing may be communicated between
+    `init()` and the call.
+    """
+
+    @functools.wraps(function)
+    def guarded(state, *args, **kwargs):
+        try:
+            return function(state, *args, **kwargs)
+        except tf.errors.OpError as error:
+            # Horovod's own decorator takes the failure of an operation that it does not know by
+            # name, such as a grouped all-reduce, for the end of the training.
+            if "horovod" in str(error).lower():
+                raise HorovodInternalError(str(error)) from error
+            raise
+
+    return run_fn(guarded, _reset)
+
+
+def _reset():
+    hvd.shutdown()
+    init()

@@ -1,0 +1,26 @@
+"""SIGTERM, by which clusters take a machine back: the run saves its state and ends."""
+
+import signal
+
+# The exit status of a run that was told to stop: the same command goes on where it stopped.
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h
+
+_requested = False
+
+
+def watch():
+    """From now on SIGTERM is noted, and no longer ends the process at once."""
+    signal.signal(signal.SIGTERM, _note)
+
+
+def requested():
+    return _requested
+
+
+def _note(number, frame):
+    global _requested
+    _requested = True
+
+
+class Preempted(Exception):
+    """The run was told to stop, and its state is saved."""
