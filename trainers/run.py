@@ -93,10 +93,10 @@ def _train(state, task, trainer, cluster, folder):
             checkpoints = Checkpoints(
                 folder / "checkpoints", FLAGS.keep_checkpoints, **trainer.objects()
             )
-            lines = _description(task, trainer.model, plan)
             if not state.restored:
-                lines += _restore(checkpoints, identity, state, reporter.say)
+                _restore(checkpoints, identity, state, reporter.say)
             done = int(trainer.updates.numpy())
+            lines = _description(task, trainer.model, plan, done)
             reporter.start(FLAGS.flag_values_dict(), lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error
@@ -144,15 +144,15 @@ def _folder_name(task):
     return f"{task.name}-{FLAGS.optimizer}-{FLAGS.global_batch_size}-seed{FLAGS.seed}"
 
 
-def _restore(checkpoints, identity, state, warn):
-    """Restores the newest whole checkpoint, if there is one; returns lines that say so.
+def _restore(checkpoints, identity, state, say):
+    """Restores the newest whole checkpoint, if there is one.
 
     Raises:
         ValueError: if it is of a run with other flags, or all are damaged.
     """
-    path, meta = checkpoints.newest(warn)
+    path, meta = checkpoints.newest(say)
     if path is None:
-        return []
+        return
     before = meta.get("identity", {})
     changed = [name for name, value in identity.items() if before.get(name) != value]
     if changed:
@@ -163,15 +163,16 @@ def _restore(checkpoints, identity, state, warn):
         )
     checkpoints.restore(path)
     state.record = meta["record"]
-    return [f"resuming from {path}"]
+    say(f"resuming from {path}")
 
 
-def _description(task, model, plan):
+def _description(task, model, plan, done):
     return [
         f"{task.name}: {_parameters(model):,} parameters, {task.examples:,} training images",
         f"{FLAGS.optimizer}: batch {plan.global_batch_size:,} = {plan.workers} worker(s) x "
         f"{plan.micro_steps} micro-step(s) x {plan.per_worker_batch_size:,}; "
-        f"{plan.updates:,} updates in {plan.epochs} epochs",
+        f"{plan.updates:,} updates in {plan.epochs} epochs"
+        + (f", going on after update {done}" if done else ""),
     ]
 
 

@@ -1,17 +1,20 @@
 """Starts real Horovod workers."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
 # The launchers of the environment that runs the tests.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 ROOT = pathlib.Path(__file__).parents[2]
+TRAINER = [sys.executable, "-m", "trainers.cifar", "--depth=8"]
 TIMEOUT = 240
 
 needs_horovod = pytest.mark.skipif(
@@ -26,24 +29,45 @@ def has_mpi():
     return "True" in subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def run(command, **environment):
-    """Runs a command in the repository; returns the finished process with its output as text."""
+def environment(**variables):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "HOROVOD_LOG_LEVEL": "error", **environment}
+    return {**os.environ, "PYTHONPATH": path, "HOROVOD_LOG_LEVEL": "warning", **variables}
+
+
+def run(command, **variables):
+    """Runs a command in the repository; returns the finished process with its output as text."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
-        env=environment,
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
     )
 
 
-def horovodrun(*command, workers=2, **environment):
-    return run(["horovodrun", "--gloo", "-np", workers, *command], **environment)
+def horovodrun(*command, workers=2, **variables):
+    return run(["horovodrun", "--gloo", "-np", workers, *command], **variables)
 
 
 def mpirun(*command, workers=2):
     options = ["--allow-run-as-root", "--oversubscribe", "-np", workers]
     return run(["mpirun", *options, *command])
+
+
+def records(folder, kind):
+    """The "step" or "epoch" records of a run so far."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in found if record["type"] == kind]
+
+
+def wait_for(condition, process, log):
+    """Waits until a condition holds; fails if the process ends before."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
