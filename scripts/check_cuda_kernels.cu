@@ -6,47 +6,56 @@
 
 namespace {
 
+// `fresh`: in memory of its own full of NaN, so that a read before a write shows. Otherwise in memory
+// that the calls share, which takes no time; the stream orders them.
 template <typename T>
-const char* Update(int count, T** w, T** d, T** h, T** g_prev, T** g, T* ratios,
-                   const int64_t* sizes, int preconditioner, int rule, int line_search, double lars,
-                   const T* learning_rate, const T* loss, T* reals, int64_t* counts, void* stream) {
-  nlcg::Settings settings = {};
-  settings.preconditioner = preconditioner;
-  settings.rule = rule;
-  settings.line_search = line_search;
-  settings.epsilon = 1e-8;
-  settings.lars_coefficient = lars;
-  settings.decrease_threshold = 0.02;
-  settings.increase_threshold = 0.01;
-  settings.decrease_factor = 0.975;
-  settings.increase_factor = 1.025;
-  settings.minimum_scale = 1e-4;
+const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, T** h,
+                   T** g_prev, T** g, T* ratios, const int64_t* sizes, const double* weight_decays,
+                   const T* learning_rate, const T* loss, T* reals, int64_t* counts) {
   std::vector<nlcg::Variable<T>> variables(count);
   for (int i = 0; i < count; ++i) {
-    variables[i] = {w[i],      d[i], preconditioner ? h[i] : nullptr, g_prev[i], g_prev[i], g[i],
-                    lars > 0 ? ratios + i : nullptr, sizes[i], 0.0};
+    variables[i] = {w[i],
+                    d[i],
+                    settings->preconditioner ? h[i] : nullptr,
+                    g_prev[i],
+                    g_prev[i],
+                    g[i],
+                    settings->lars_coefficient > 0 ? ratios + i : nullptr,
+                    sizes[i],
+                    weight_decays[i]};
   }
-  // The same scratch memory for all calls: the stream orders them.
-  static void* scratch = nullptr;
-  static size_t scratch_bytes = 0;
+  static void* shared = nullptr;
+  static size_t shared_bytes = 0;
   const size_t bytes = nlcg::GpuScratchBytes(variables);
-  if (bytes > scratch_bytes) {
-    cudaFree(scratch);
+  void* scratch = shared;
+  if (fresh || bytes > shared_bytes) {
     if (cudaMalloc(&scratch, bytes) != cudaSuccess) return "out of memory";
-    scratch_bytes = bytes;
+    cudaMemset(scratch, 0xFF, bytes);
   }
-  return nlcg::UpdateOnGpu(settings, variables, learning_rate, loss, reals, counts, scratch, stream);
+  const char* error = nlcg::UpdateOnGpu(*settings, variables, learning_rate, loss, reals, counts,
+                                        scratch, nullptr);
+  if (fresh) {
+    cudaFree(scratch);  // waits
+  } else if (scratch != shared) {
+    if (shared != nullptr) cudaFree(shared);
+    shared = scratch;
+    shared_bytes = bytes;
+  }
+  return error;
 }
 
 }  // namespace
 
-#define NLCG_EXPORT(T, name)                                                                        \
-  extern "C" const char* name(int count, T** w, T** d, T** h, T** g_prev, T** g, T* ratios,         \
-                              const int64_t* sizes, int preconditioner, int rule, int line_search,  \
-                              double lars, const T* learning_rate, const T* loss, T* reals,         \
-                              int64_t* counts, void* stream) {                                      \
-    return Update<T>(count, w, d, h, g_prev, g, ratios, sizes, preconditioner, rule, line_search,   \
-                     lars, learning_rate, loss, reals, counts, stream);                             \
+// For the caller, who describes the settings once more.
+extern "C" int nlcg_settings_bytes() { return sizeof(nlcg::Settings); }
+
+#define NLCG_EXPORT(T, name)                                                                    \
+  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, \
+                              T** h, T** g_prev, T** g, T* ratios, const int64_t* sizes,        \
+                              const double* weight_decays, const T* learning_rate,              \
+                              const T* loss, T* reals, int64_t* counts) {                       \
+    return Update<T>(settings, fresh, count, w, d, h, g_prev, g, ratios, sizes, weight_decays,  \
+                     learning_rate, loss, reals, counts);                                       \
   }
 NLCG_EXPORT(float, nlcg_update_float32)
 NLCG_EXPORT(double, nlcg_update_float64)
