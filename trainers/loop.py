@@ -165,6 +165,7 @@ def train(
     checkpoints,
     state,
     identity,
+    watch,
     log_steps,
     checkpoint_steps,
     commit_steps,
@@ -181,6 +182,7 @@ def train(
         state: object with `record`, the record of the last epoch that is complete (`{}` before the
             first), and `commit()`, called every `commit_steps` updates.
         identity: JSON object to be saved with each checkpoint.
+        watch: object with `tick()`, called in each micro-step.
         log_steps: int, updates between two logged steps.
         checkpoint_steps: int, updates between two checkpoints, or `None`: after each epoch only.
         commit_steps: int, or `None` for workers that are not elastic.
@@ -215,6 +217,7 @@ def train(
         for _ in range(first, plan.updates_per_epoch):
             for micro_step in range(plan.micro_steps):
                 trainer.micro_step(*next(batches))
+                watch.tick()
                 if micro_step == 0:
                     # Of the update before: so the host does not wait for this one.
                     stop_if_told()

@@ -105,24 +105,28 @@ def _train(state, task, trainer, cluster, folder):
         _fail(failure, rank)
     # Horovod: all workers start from worker 0's state
     cluster.broadcast(trainer.state())
+    state.record = cluster.broadcast_object(state.record)
     if rank > 0:
         trainer.epoch_sums.assign([0.0] * 3)
     state.restored = True
 
     try:
-        summary = loop.train(
-            trainer,
-            lambda epoch, first: task.training_batches(plan, rank, FLAGS.seed, epoch, first),
-            task.test_batches(rank, cluster.size()),
-            cluster,
-            reporter,
-            checkpoints,
-            state,
-            identity,
-            log_steps=FLAGS.log_steps,
-            checkpoint_steps=FLAGS.checkpoint_steps,
-            commit_steps=FLAGS.commit_steps if workers.is_elastic() else None,
-        )
+        # Horovod: name workers that keep the others waiting
+        with cluster.Watch() as watch:
+            summary = loop.train(
+                trainer,
+                lambda epoch, first: task.training_batches(plan, rank, FLAGS.seed, epoch, first),
+                task.test_batches(rank, cluster.size()),
+                cluster,
+                reporter,
+                checkpoints,
+                state,
+                identity,
+                watch,
+                log_steps=FLAGS.log_steps,
+                checkpoint_steps=FLAGS.checkpoint_steps,
+                commit_steps=FLAGS.commit_steps if workers.is_elastic() else None,
+            )
         parameters = _parameters(trainer.model)
         reporter.finish({**summary, "parameters": parameters, "seed": FLAGS.seed})
     finally:

@@ -1,5 +1,6 @@
 """The workers of a run: Horovod's, or this process alone."""
 
+import contextlib
 import os
 
 import tensorflow as tf
@@ -23,6 +24,9 @@ class OneProcess:
     def broadcast(self, variables):
         pass
 
+    def broadcast_object(self, value):
+        return value
+
     def sum_over_workers(self, values):
         return [float(value) for value in values]
 
@@ -30,6 +34,17 @@ class OneProcess:
         pass
 
     def check_identical(self, variables):
+        pass
+
+    def Watch(self):
+        return _NoWatch()
+
+
+class _NoWatch(contextlib.nullcontext):
+    def __enter__(self):
+        return self
+
+    def tick(self):
         pass
 
 

@@ -12,7 +12,15 @@ if keras.backend.backend() != "tensorflow":
         f"Received: KERAS_BACKEND={keras.backend.backend()}"
     )
 try:
-    from horovod.tensorflow import local_rank, local_size, rank, shutdown, size
+    from horovod.tensorflow import (
+        broadcast_object,
+        init,
+        local_rank,
+        local_size,
+        rank,
+        shutdown,
+        size,
+    )
 except ImportError as error:
     raise ImportError(
         "nlcg_tf.horovod needs Horovod built for this TensorFlow "
@@ -29,12 +37,12 @@ from nlcg_tf.horovod.collectives import (
     average_moving_statistics,
     broadcast,
     check_identical,
-    init,
     sum_metrics,
     sum_over_workers,
 )
 from nlcg_tf.horovod.elastic import ElasticState, elastic_run
 from nlcg_tf.horovod.optimizer import DistributedOptimizer
+from nlcg_tf.horovod.watch import Watch
 
 __all__ = [
     "AverageMovingStatistics",
@@ -43,8 +51,10 @@ __all__ = [
     "DistributedOptimizer",
     "ElasticState",
     "SumMetrics",
+    "Watch",
     "average_moving_statistics",
     "broadcast",
+    "broadcast_object",
     "check_identical",
     "elastic_run",
     "init",

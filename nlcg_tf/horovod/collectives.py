@@ -1,21 +1,11 @@
 """What all workers do together: averages, sums, broadcasts and comparisons of tensors."""
 
 import hashlib
-import os
 
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
-
-# After these seconds without one of the workers Horovod names it, in the log of worker 0.
-STALL_SECONDS = 30
-
-
-def init():
-    """Joins the job that this process was launched in: `horovod.init`."""
-    os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(STALL_SECONDS))
-    hvd.init()
 
 
 def average(tensors):

@@ -7,7 +7,8 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError
 
-from nlcg_tf.horovod.collectives import broadcast, init, plain
+from nlcg_tf.horovod.collectives import broadcast, plain
+from nlcg_tf.horovod.watch import is_communication_error
 
 
 class ElasticState(ObjectState):
@@ -60,7 +61,7 @@ def elastic_run(function):
         except tf.errors.OpError as error:
             # Horovod's own decorator takes the failure of an operation that it does not know by
             # name, such as a grouped all-reduce, for the end of the training.
-            if "horovod" in str(error).lower():
+            if is_communication_error(error):
                 raise HorovodInternalError(str(error)) from error
             raise
 
@@ -69,4 +70,4 @@ def elastic_run(function):
 
 def _reset():
     hvd.shutdown()
-    init()
+    hvd.init()

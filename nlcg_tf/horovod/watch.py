@@ -1,0 +1,123 @@
+"""Names the workers that keep the others waiting."""
+
+import contextlib
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
+
+MESSAGE = struct.Struct("!16sqq")  # key of the job, rank, ticks
+
+
+def is_communication_error(error):
+    """Whether an exception comes from one of Horovod's operations."""
+    if isinstance(error, HorovodInternalError):
+        return True
+    return isinstance(error, tf.errors.OpError) and "horovod" in str(error).lower()
+
+
+class Watch:
+    """Context in which a worker that hangs is named on stderr; a warning, nothing is ended.
+
+    Every worker counts its steps with `tick()`, and a thread of it sends the count to worker 0 by
+    UDP. Where the count of worker 0 stands still, it names the workers that are behind it (busy, or
+    in another place of the program) or silent (the process or machine has stopped). Worker 1 does
+    the same for worker 0. They do so too when communication fails, which Gloo lets happen after 30
+    seconds of silence. Horovod 0.28's own stall check was not seen to report anything.
+
+    All workers must enter it together.
+
+    Args:
+        seconds: float, how long a count stands still before that.
+    """
+
+    def __init__(self, seconds=60.0):
+        self.seconds = seconds
+        self.beat = seconds / 6
+        self.ticks = 0
+
+    def tick(self):
+        """To be called in each step, by all workers alike."""
+        self.ticks += 1
+
+    def __enter__(self):
+        self._rank = hvd.rank()
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("", 0))
+        self._socket.settimeout(self.beat)
+        self._hosts = hvd.allgather_object(socket.gethostname())
+        key, port = hvd.broadcast_object((os.urandom(16), self._socket.getsockname()[1]))
+        self._key = key
+        local = self._hosts[0] == self._hosts[self._rank]
+        self._worker_0 = ("127.0.0.1" if local else self._hosts[0], port)
+        now = time.monotonic()
+        others = range(1, len(self._hosts)) if self._rank == 0 else [0]
+        self._heard = dict.fromkeys(others, (now, 0))  # of each: when last, and its ticks
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if is_communication_error(error):
+            missing = self._missing()
+            if missing:
+                _say(f"communication failed: {missing}")
+            elif self._rank > 0:
+                # Worker 0 knows more, and the job ends with the first worker that leaves.
+                time.sleep(self.beat)
+        self._ended.set()
+        self._thread.join()
+        self._socket.close()
+
+    def _run(self):
+        moved, ticks, sent = time.monotonic(), self.ticks, 0.0
+        while not self._ended.is_set():
+            now = time.monotonic()
+            if self._rank > 0 and now - sent >= self.beat:
+                sent = now
+                self._send(self._worker_0)
+            self._receive()
+            if self.ticks != ticks:
+                moved, ticks = now, self.ticks
+            elif now - moved > self.seconds and self._rank < 2:
+                missing = self._missing()
+                if missing:
+                    _say(f"no progress for {now - moved:.0f} s: {missing}")
+                moved = now
+
+    def _send(self, address):
+        with contextlib.suppress(OSError):  # a name that is not known yet, a full buffer
+            self._socket.sendto(MESSAGE.pack(self._key, self._rank, self.ticks), address)
+
+    def _receive(self):
+        try:
+            message, address = self._socket.recvfrom(64)
+            key, rank, ticks = MESSAGE.unpack(message)
+        except (OSError, struct.error):
+            return
+        if key == self._key and rank in self._heard:
+            self._heard[rank] = time.monotonic(), ticks
+            if self._rank == 0:
+                self._send(address)
+
+    def _missing(self):
+        """The workers that this one waits for, in words; an empty string if there are none."""
+        now, found = time.monotonic(), []
+        for rank, (when, ticks) in sorted(self._heard.items()):
+            name = f"worker {rank} on {self._hosts[rank]}"
+            if now - when > 2.5 * self.beat:
+                found.append(f"{name} is silent for {now - when:.0f} s")
+            elif ticks < self.ticks:
+                found.append(f"{name} is {self.ticks - ticks} step(s) behind")
+        return ", ".join(found)
+
+
+def _say(line):
+    print(f"warning: {line}", file=sys.stderr, flush=True)

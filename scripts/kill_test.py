@@ -1,0 +1,182 @@
+"""Kills a training again and again and compares it, bit for bit, with one that was left alone.
+
+    python -m scripts.kill_test --kills=25 --workers 1 2
+
+Each round starts the same command of the CIFAR trainer, on handwritten digits and with
+`--deterministic`, and kills it by SIGKILL: at a random moment, or while a checkpoint is being
+written; with two workers either everything or one of them. At last the command may finish. Its
+final checkpoint must hold the same bits, and its log the same figures, as those of a run that was
+never killed. Says too what `--deterministic` costs.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import psutil
+
+FLAGS = ["--depth=8", "--global_batch_size=256", "--per_worker_batch_size=64", "--log_steps=1"]
+FLAGS += ["--checkpoint_steps=2"]
+# What may differ between two runs of the same training.
+TIMES = ("images_per_second",)
+
+
+def start(folder, workers, epochs, deterministic=True):
+    command = [sys.executable, "-m", "trainers.cifar", *FLAGS, f"--epochs={epochs}"]
+    command += [f"--output_dir={folder}", f"--deterministic={deterministic}"]
+    if workers > 1:
+        launcher = pathlib.Path(sys.executable).with_name("horovodrun")
+        command = [str(launcher), "--gloo", "-np", str(workers), *command]
+    with pathlib.Path(f"{folder}.log").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(folder, workers, epochs, **arguments):
+    process = start(folder, workers, epochs, **arguments)
+    if process.wait():
+        sys.exit(f"error: the run failed, see {folder}.log")
+
+
+def kill(process, generator):
+    """Kills everything, or one of two workers, whose launcher then ends the job."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    workers = [p for p in family if _is_worker(p)]
+    victims = [*family, process]
+    if len(workers) > 1 and generator.random() < 0.5:
+        victims = [generator.choice(workers)]
+    for victim in victims:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            pass
+    process.wait()
+    psutil.wait_procs(family, timeout=60)
+
+
+def _is_worker(process):
+    try:
+        command = process.cmdline()
+        return "trainers.cifar" in command and "python" in command[0]
+    except psutil.Error:
+        return False
+
+
+def kill_while_saving(process, folder, generator):
+    """Waits for the start of one of the next saves and kills in it; False if the run ended."""
+    for _ in range(generator.randint(1, 4)):
+        partial = None
+        while partial is None or not partial.exists():
+            if process.poll() is not None:
+                return False
+            partial = next(iter((folder / "checkpoints").glob("partial-*")), None)
+            time.sleep(0.0005)
+        moment = time.monotonic() + generator.uniform(0, 0.01)
+        while partial.exists() and time.monotonic() < moment:
+            time.sleep(0.0005)
+    kill(process, generator)
+    return True
+
+
+def kill_at_random(process, seconds, generator):
+    """Kills after at most so many seconds; False if the run ended before."""
+    try:
+        process.wait(timeout=generator.uniform(0, seconds))
+        return False
+    except subprocess.TimeoutExpired:
+        kill(process, generator)
+        return True
+
+
+def final_state(folder):
+    """The arrays of a run's last checkpoint by their names, and the figures of its log."""
+    import tensorflow as tf
+
+    newest = sorted((folder / "checkpoints").glob("update-*"))[-1]
+    reader = tf.train.load_checkpoint(str(newest / "state"))
+    names = [n for n in reader.get_variable_to_shape_map() if n != "_CHECKPOINTABLE_OBJECT_GRAPH"]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    figures = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+    return {name: reader.get_tensor(name) for name in names}, figures
+
+
+def compare(folder, other):
+    """Raises SystemExit if two runs differ in any bit of their final state or logs."""
+    (arrays, figures), (other_arrays, other_figures) = final_state(folder), final_state(other)
+    if arrays.keys() != other_arrays.keys() or not arrays:
+        sys.exit("error: the runs saved different variables")
+    for name, array in arrays.items():
+        if np.asarray(array).tobytes() != np.asarray(other_arrays[name]).tobytes():
+            sys.exit(f"error: {name} differs between {folder} and {other}")
+    for record, other_record in zip(figures, other_figures, strict=True):
+        if record != other_record:
+            sys.exit(f"error: the logs differ: {record} and {other_record}")
+    return len(arrays), len(figures)
+
+
+def speed(folder):
+    """Median images per second over the epochs, the first left out."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    epochs = [json.loads(line) for line in lines if '"type": "epoch"' in line]
+    return np.median([record["images_per_second"] for record in epochs[1:]])
+
+
+def test(folder, workers, kills, epochs, generator):
+    undisturbed, killed = folder / f"undisturbed-{workers}", folder / f"killed-{workers}"
+    began = time.monotonic()
+    finish(undisturbed, workers, epochs)
+    seconds = time.monotonic() - began
+    done = in_saves = 0
+    while done < kills:
+        process = start(killed, workers, epochs)
+        saving = generator.random() < 0.5
+        if saving:
+            success = kill_while_saving(process, killed, generator)
+        else:
+            success = kill_at_random(process, min(seconds, 40), generator)
+        if not success:
+            if (killed / "summary.json").exists():
+                sys.exit(f"error: finished after {done} kills: give more --epochs")
+            sys.exit(f"error: the run failed, see {killed}.log")
+        done += 1
+        in_saves += saving
+        print(f"  {workers} worker(s), kill {done}/{kills}", flush=True)
+    finish(killed, workers, epochs)
+    arrays, figures = compare(undisturbed, killed)
+    print(
+        f"{workers} worker(s): {done} kills, {in_saves} of them inside a save: {arrays} arrays of "
+        f"the final state and {figures} records of the log are the same, bit for bit"
+    )
+    return undisturbed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=25, help="for each number of workers")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="where to keep the runs; a temporary one by default")
+    arguments = parser.parse_args()
+    folder = pathlib.Path(arguments.folder or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(arguments.seed)
+    for workers in arguments.workers:
+        undisturbed = test(folder, workers, arguments.kills, arguments.epochs, generator)
+        usual = folder / f"usual-{workers}"
+        finish(usual, workers, arguments.epochs, deterministic=False)
+        share = speed(undisturbed) / speed(usual)
+        print(f"{workers} worker(s): --deterministic trains at {share:.2f} of the usual speed")
+
+
+if __name__ == "__main__":
+    main()
