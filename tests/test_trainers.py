@@ -4,22 +4,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from distributed.launch import ROOT, run
+from distributed.launch import ROOT, TRAINER, records, run
 
-from trainers import data, models
+from trainers import data, models, preemption
 from trainers.checkpoints import Checkpoints
 from trainers.optimizers import NAMES, make_optimizer
-from trainers.plan import make_plan
+from trainers.plan import divide, make_plan
 
 CIFAR100 = ROOT.parent / "shared" / "data" / "tensorflow_datasets"
-TRAINER = [sys.executable, "-m", "trainers.cifar", "--depth=8"]
 
 
 @pytest.mark.parametrize("depth, parameters", [(20, 269722), (32, 464154), (56, 853018)])
@@ -130,18 +127,67 @@ def test_cifar100_is_loaded_whole():
     np.testing.assert_allclose(means, [0.50708, 0.48655, 0.44092], atol=1e-4)
 
 
-def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path):
+def test_elastic_workers_divide_the_same_batch():
+    assert [divide(96, 16, workers) for workers in (1, 2, 3, 4, 12)] == [16, 16, 16, 12, 8]
+    with pytest.raises(ValueError, match="--global_batch_size=96 cannot be divided among 5"):
+        divide(96, 16, 5)
+
+
+def test_checkpoints_are_whole_and_the_newest_whole_one_is_taken(tmp_path):
     a, b = tf.Variable([1.0, 2.0]), tf.Variable(3.0)
     saved = Checkpoints(tmp_path, keep=2, a=a, b=b)
+    assert saved.newest(print) == (None, {})
     for update in (1, 2, 3):
-        saved.save(update, {"epoch": update})
-    assert [path.name for path in saved.all()] == ["update-00000002", "update-00000003"]
+        b.assign(update)
+        saved.save(update, 0, {"record": {"epoch": update}})
+    names = ["update-00000002-epoch-0000", "update-00000003-epoch-0000"]
+    assert [path.name for path in saved.all()] == names
+    path, meta = saved.newest(print)
+    assert path.name == names[1] and meta["update"] == 3 and meta["record"] == {"epoch": 3}
     a.assign([0.0, 0.0])
-    assert saved.restore(saved.all()[-1]) == {"update": 3, "epoch": 3}
+    saved.restore(path)
     np.testing.assert_array_equal(a.numpy(), [1.0, 2.0])
     for others in ({"a": a}, {"a": a, "b": b, "c": tf.Variable(0.0)}, {"a": tf.Variable([1.0])}):
         with pytest.raises(ValueError, match="does not fit this run"):
-            Checkpoints(tmp_path, **others).restore(saved.all()[-1])
+            Checkpoints(tmp_path, **others).restore(path)
+    # What a killed process left is swept away by the next save.
+    (tmp_path / "partial-00000009-epoch-0000").mkdir()
+    saved.save(3, 1, {})
+    assert [path.name[-4:] for path in saved.all()] == ["0000", "0001"]
+    assert not list(tmp_path.glob("partial-*"))
+
+
+@pytest.mark.parametrize("how", ["cut", "changed", "gone", "meta cut", "meta gone", "no list"])
+def test_a_damaged_checkpoint_is_passed_over(how, tmp_path):
+    a = tf.Variable(np.arange(1000.0))
+    saved = Checkpoints(tmp_path, keep=3, a=a)
+    for update in (1, 2):
+        a.assign_add(tf.ones(1000, a.dtype))
+        saved.save(update, 0, {})
+    newest = saved.all()[-1]
+    data, meta = next(newest.glob("state.data*")), newest / "meta.json"
+    file = meta if "meta" in how else data
+    content = bytearray(file.read_bytes())
+    if how.endswith("cut"):
+        file.write_bytes(content[: len(content) // 2])
+    elif how.endswith("gone"):
+        file.unlink()
+    elif how == "changed":
+        content[500] ^= 1
+        file.write_bytes(content)
+    else:
+        meta.write_text("[]")
+    warnings = []
+    path, _ = saved.newest(warnings.append)
+    assert path.name == "update-00000001-epoch-0000"
+    assert len(warnings) == 1 and str(newest) in warnings[0] and "damaged" in warnings[0]
+    # Training comes to the same update again, and saves it again.
+    saved.save(2, 0, {})
+    assert saved.newest(print)[0] == newest
+    for path in saved.all():
+        (path / "meta.json").unlink()
+    with pytest.raises(ValueError, match=r"all checkpoints under .* are damaged"):
+        saved.newest(warnings.append)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +201,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(tmp_path):
         (["--dataset=digits", "--data_dir=x"], "--dataset=digits comes with"),
         (["--dataset=cifar100", "--data_dir=/nowhere"], "cifar100 is not prepared"),
         (["--output_dir=/dev/null/run"], "/dev/null/run"),
-        (["--resume", "--output_dir=/nowhere"], "no checkpoint under /nowhere"),
+        (["--checkpoint_steps=0"], "flag --checkpoint_steps=0"),
         (["--epochs=0"], "flag --epochs=0"),
         (["--optimizer=lion"], "--optimizer=lion"),
         (["--colour=red"], "colour"),
@@ -172,39 +218,37 @@ def test_a_wrong_flag_gets_one_clear_line(flags, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_run_goes_on_with_resume(tmp_path):
+def test_the_same_command_goes_on(tmp_path):
+    """After SIGTERM, which saves; but not with other flags, and not beyond the end."""
     folder = tmp_path / "run"
-    command = [*TRAINER, "--global_batch_size=256", "--epochs=4", f"--output_dir={folder}"]
+    command = [*TRAINER, "--global_batch_size=256", "--epochs=20", f"--output_dir={folder}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("epoch 2/4"):
+        if line.startswith("epoch 2/20"):
             break
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM, state saved" in process.communicate()[0]
+    assert process.returncode == preemption.EXIT_STATUS
+    stopped_at = int(sorted((folder / "checkpoints").glob("update-*"))[-1].name[7:15])
+    assert 10 < stopped_at < 100
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"type": "step", "upd')  # a kill in the middle of a line
 
-    again = run(command)
-    assert again.returncode == 2 and "holds a run: pass --resume" in again.stderr
-    resumed = run([*command, "--resume"])
+    other = run([*command, "--seed=5"])
+    assert other.returncode == 2 and "--seed was 0, is 5" in other.stderr
+    resumed = run(command)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    epochs = [record["epoch"] for record in records if record["type"] == "epoch"]
-    assert epochs == [1, 2, 3, 4]
-    updates = [record["update"] for record in records if record["type"] == "step"]
+    assert f"epochs, {stopped_at} done" in resumed.stdout
+    assert [record["epoch"] for record in records(folder, "epoch")] == list(range(1, 21))
+    updates = [record["update"] for record in records(folder, "step")]
     assert updates == sorted(set(updates))
-    first = (folder / "summary.json").read_text()
-    summary = json.loads(first)
-    assert summary["updates"] == 20
-    # A finished run has nothing to do, and one with other flags is another run.
-    finished = run([*command, "--resume"])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == 100
+    finished = run(command)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((folder / "summary.json").read_text())["top1"] == summary["top1"]
-    other = run([*command, "--resume", "--seed=5"])
-    assert other.returncode == 2 and "--seed was 0, is 5" in other.stderr
     described = json.loads((folder / "flags.json").read_text())
-    assert described["flags"]["epochs"] == 4 and described["versions"]["tensorflow"]
+    assert described["flags"]["epochs"] == 20 and described["versions"]["tensorflow"]
     for name in ("curves.png", "checkpoints", "tensorboard"):
         assert os.path.getsize(folder / name) > 0

@@ -175,8 +175,7 @@ def _description(task, model, plan, done):
         f"{task.name}: {_parameters(model):,} parameters, {task.examples:,} training images",
         f"{FLAGS.optimizer}: batch {plan.global_batch_size:,} = {plan.workers} worker(s) x "
         f"{plan.micro_steps} micro-step(s) x {plan.per_worker_batch_size:,}; "
-        f"{plan.updates:,} updates in {plan.epochs} epochs"
-        + (f", going on after update {done}" if done else ""),
+        f"{plan.updates:,} updates in {plan.epochs} epochs, {done} done",
     ]
 
 

@@ -8,11 +8,10 @@ import sys
 
 import pytest
 
-from distributed.launch import ROOT, has_mpi, horovodrun, mpirun, needs_horovod, run
+from distributed.launch import ROOT, TRAINER, has_mpi, horovodrun, mpirun, needs_horovod, run
 
 CHECKS_FILE = pathlib.Path(__file__).parent / "checks.py"
 CHECKS = re.findall(r"^def (check_\w+)", CHECKS_FILE.read_text(), re.M)
-TRAINER = [sys.executable, "-m", "trainers.cifar", "--depth=8", "--epochs=2"]
 LAUNCHERS = {
     "alone": lambda *command: run(command),
     "horovodrun": horovodrun,
@@ -40,7 +39,7 @@ def test_the_trainer_under_each_launcher(launcher, tmp_path):
         pytest.skip("Horovod is not built with MPI")
     folder = tmp_path / "run"
     flags = ["--global_batch_size=128", "--per_worker_batch_size=32", f"--output_dir={folder}"]
-    result = LAUNCHERS[launcher](*TRAINER, "--line_search=online", *flags)
+    result = LAUNCHERS[launcher](*TRAINER, "--epochs=2", "--line_search=online", *flags)
     assert result.returncode == 0, result.stderr[-4000:]
     summary = json.loads((folder / "summary.json").read_text())
     workers = 1 if launcher == "alone" else 2
@@ -49,6 +48,29 @@ def test_the_trainer_under_each_launcher(launcher, tmp_path):
     # Worker 0 alone speaks, one line an epoch since this is no terminal.
     lines = [line for line in result.stdout.splitlines() if "epoch " in line]
     assert len(lines) == 2 and not any("[1]<stdout>" in line for line in result.stdout.splitlines())
+
+
+@needs_horovod
+def test_memory_does_not_grow_with_the_batch(tmp_path):
+    """98,304 images in an update, through virtual batching, in the memory of 2,048."""
+    peaks = []
+    for batch in (2048, 98304):
+        flags = [f"--global_batch_size={batch}", "--per_worker_batch_size=1024", "--epochs=1"]
+        result = horovodrun(*TRAINER, *flags, f"--output_dir={tmp_path / str(batch)}")
+        assert result.returncode == 0, result.stderr[-4000:]
+        summary = json.loads((tmp_path / str(batch) / "summary.json").read_text())
+        assert summary["micro_steps"] == batch // 2048 and summary["updates"] == 1
+        peaks.append(summary["peak_memory_bytes"])
+    assert abs(peaks[1] / peaks[0] - 1) < 0.05, peaks
+
+
+@needs_horovod
+def test_killed_runs_end_as_if_they_had_been_left_alone(tmp_path):
+    """A short version of the script: three kills, two workers, the same bits at the end."""
+    command = ["-m", "scripts.kill_test", "--kills=3", "--epochs=20", "--seed=1"]
+    result = run([sys.executable, *command, "--workers", "2", "--folder", tmp_path])
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "2 worker(s): 3 kills" in result.stdout and "bit for bit" in result.stdout
 
 
 def test_workers_that_do_not_see_each_other_are_refused(tmp_path):

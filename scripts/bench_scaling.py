@@ -1,0 +1,489 @@
+"""Scaling over workers: `python -m scripts.bench_scaling --json=out.json --plot=out.png`.
+
+Three parts, each of which can run alone (`--parts`):
+
+throughput: images per second of the trainer's update loop (NLCG, CIFAR ResNet, random images held
+    in memory, k micro-steps an update) of one process alone, of two independent processes at the
+    same time, and of two Horovod workers; one intra-op and one inter-op thread each. The figure
+    that matters is two workers over two independent processes, on which the machine's own limits
+    (caches, memory, clock) weigh alike. They take turns; those not in turn are stopped by SIGSTOP.
+timeline: share of the time in communication, from Horovod's trace, apart from the timed runs.
+model: all-reduces of 4 bytes to 64 MiB between two workers here, fitted with the cost of a ring,
+    and what this predicts for ResNet-50 on networks that are not here, under `ASSUMPTIONS`.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Client, Connection
+
+import numpy as np
+
+from scripts.benchmarks import machine, ratio, show_ratio, write_json
+
+WORKERS = 2
+MICRO_STEPS = (1, 4)
+BYTES = [4 << shift for shift in (0, 10, 14, 16, 18, 20, 22, 24)]
+RESNET50_PARAMETERS = 25_600_000
+PREDICTED_WORKERS = (64, 256, 1024)
+LARGE_BATCH = 98_304  # the largest of the paper (arXiv:1812.02886)
+GRADIENTS = {"float32": 4, "float16": 2}  # bytes a number on the wire
+ASSUMPTIONS = """\
+  a worker computes {images_per_second:g} images/s (--images-per-second; 412 is NVIDIA's figure for
+    ResNet-50 v1.5 in float32 on one V100, DeepLearningExamples), in micro-steps of {micro_batch}
+    images (--micro-batch), {milliseconds:.0f} ms each; the update itself takes no time
+  an update all-reduces 25.6 M gradients after its last micro-step, without overlap with the
+    backward pass; without virtual batches each micro-step does (k = 1)
+  one ring over all W workers: 2 (W - 1) hops of {hop_microseconds:g} us (--hop-microseconds: the
+    latency fitted here is not a network's), and 2 (W - 1) / W of the gradients through each
+    worker's own link at its full rate
+  each all-reduce also costs Horovod's {fixed:.2f} ms, the fitted fixed cost here; that its
+    negotiation grows with W, slow workers and other traffic are not in the model"""
+
+
+def ring_seconds(workers, size, latency, bandwidth):
+    """Time of a ring all-reduce of `size` bytes, 2 (W - 1) alpha + 2 (W - 1) / W n / B.
+
+    Args:
+        latency: alpha, seconds a hop.
+        bandwidth: B, bytes a second.
+    """
+    return 2 * (workers - 1) * latency + 2 * (workers - 1) / workers * size / bandwidth
+
+
+def fit_ring(workers, sizes, seconds):
+    """Fits `ring_seconds`: `(latency, bandwidth)` with the least squared relative errors."""
+    sizes, seconds = np.asarray(sizes, float), np.asarray(seconds, float)
+    units = [ring_seconds(workers, 0, 1, np.inf), ring_seconds(workers, sizes, 0, 1)]
+    columns = np.stack([unit / seconds for unit in units], axis=1)
+    (latency, inverse), *_ = np.linalg.lstsq(columns, np.ones_like(sizes), rcond=None)
+    return float(latency), float(1 / inverse)
+
+
+def efficiency(micro_steps, compute, communication):
+    """k t_compute / (k t_compute + t_allreduce), of the seconds of a micro-step and an update."""
+    return micro_steps * compute / (micro_steps * compute + communication)
+
+
+def needed_micro_steps(workers, options):
+    """Micro-steps of an update of `LARGE_BATCH` images; a trainer needs a whole number."""
+    return LARGE_BATCH / (workers * options.micro_batch)
+
+
+def predict(workers, micro_steps, gbits, gradients, options, fixed):
+    """Efficiency of ResNet-50 under `ASSUMPTIONS`; `gbits` in Gbit/s, `fixed` in seconds."""
+    size = RESNET50_PARAMETERS * GRADIENTS[gradients]
+    seconds = ring_seconds(workers, size, 1e-6 * options.hop_microseconds, gbits * 1e9 / 8)
+    if workers > 1:
+        seconds += fixed
+    return efficiency(micro_steps, options.micro_batch / options.images_per_second, seconds)
+
+
+def common_rates(stamps):
+    """Updates per second of each process, in the time in which all were at work.
+
+    Args:
+        stamps: for each process, the moments at which its updates were done.
+    """
+    begin, end = max(s[0] for s in stamps), min(s[-1] for s in stamps)
+    if begin >= end:
+        raise RuntimeError("one process was done before another had begun: the machine is too busy")
+    done = [np.interp([begin, end], s, np.arange(len(s))) for s in stamps]
+    return [float(last - first) / (end - begin) for first, last in done]
+
+
+def covered(intervals):
+    """Length of the union of `(begin, end)` intervals."""
+    total, reached = 0.0, -np.inf
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def trace_intervals(events):
+    """The intervals of a trace for chrome://tracing: name -> list of (begin, end)."""
+    intervals, open_ = {}, {}
+    for event in events:
+        stack = open_.setdefault(event["pid"], [])
+        if event["ph"] == "B":
+            stack.append((event["name"], event["ts"]))
+        elif event["ph"] == "E" and stack:
+            name, begin = stack.pop()
+            intervals.setdefault(name, []).append((begin, event["ts"]))
+    return intervals
+
+
+def communication_shares(events):
+    """Shares of worker 0's time from the end of the first update's all-reduces to the last's.
+
+    The tensors of an update are reduced together: their intervals are united, not summed.
+    NEGOTIATE_ALLREDUCE lasts from worker 0's request until all workers have made theirs: most of it
+    is waiting for the other worker. ALLREDUCE is the exchange: GLOO_ALLREDUCE is the transfer with
+    the sum, the rest copies to and from the fusion buffer.
+    """
+    intervals = trace_intervals(events)
+    ends = sorted(end for _, end in intervals["ALLREDUCE"])
+    tensors = len({event["pid"] for event in events if event.get("name") == "ALLREDUCE"})
+    first, last = ends[tensors - 1], ends[-1]
+
+    def share(*names):
+        inside = [i for name in names for i in intervals[name] if i[0] >= first]
+        return covered(inside) / (last - first)
+
+    return {
+        "communication": share("NEGOTIATE_ALLREDUCE", "ALLREDUCE"),
+        "negotiation and waiting": share("NEGOTIATE_ALLREDUCE"),
+        "exchange": share("ALLREDUCE"),
+        "transfer alone": share("GLOO_ALLREDUCE"),
+    }
+
+
+class Worker:
+    """What a worker process can be asked for: the methods, by name."""
+
+    def __init__(self, options):
+        import tensorflow as tf
+
+        from trainers.workers import connect
+
+        self.options, self.cluster = options, connect()
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        rng = np.random.default_rng(self.cluster.rank())
+        self.images = tf.constant(rng.normal(size=(options.batch, 32, 32, 3)), tf.float32)
+        self.labels = tf.constant(rng.integers(0, 100, options.batch), tf.int32)
+        self.go_on = tf.constant(0.0)
+
+    @functools.cache  # noqa: B019
+    def trainer(self, k):
+        import nlcg_tf
+        from trainers.loop import Trainer
+        from trainers.models import cifar_resnet
+        from trainers.plan import make_plan
+
+        size, batch = self.cluster.size(), self.options.batch
+        model = cifar_resnet(self.options.depth, (32, 32, 3), 100)
+        trainer = Trainer(model, nlcg_tf.NLCG(0.01), self.cluster)
+        trainer.divide(make_plan(50_000, size * k * batch, batch, size, epochs=1))
+        self.cluster.broadcast(trainer.variables())
+        return trainer
+
+    def updates(self, k, count, start=0.0):
+        """Does `count` updates from the moment `start` on; returns when each was done."""
+        trainer, stamps = self.trainer(k), []
+        time.sleep(max(0.0, start - time.monotonic()))
+        for _ in range(count):
+            for _ in range(k):
+                trainer.micro_step(self.images, self.labels)
+            float(trainer.apply(self.go_on)[0])  # waits
+            stamps.append(time.monotonic())
+        return stamps
+
+    def calm_timeline(self):
+        """Lets Horovod's timeline thread, which polls without rest, run on an idle core only."""
+
+        def ticks():
+            stats = {int(t.name): (t / "stat").read_text() for t in tasks.iterdir()}
+            return {t: sum(map(int, s.rpartition(")")[2].split()[11:13])) for t, s in stats.items()}
+
+        tasks = pathlib.Path("/proc/self/task")
+        before = ticks()
+        time.sleep(1)
+        spent = {thread: now - before.get(thread, now) for thread, now in ticks().items()}
+        if self.cluster.rank() == 0:  # who alone has that thread
+            busiest = max(spent, key=spent.get)
+            os.sched_setscheduler(busiest, os.SCHED_IDLE, os.sched_param(0))
+
+    def trace(self, k, count, file):
+        import horovod.tensorflow as hvd
+
+        hvd.start_timeline(file)
+        time.sleep(0.5)
+        self.updates(k, count)
+        time.sleep(0.5)
+        hvd.stop_timeline()
+        time.sleep(0.5)
+
+    def allreduces(self, repeats):
+        """Seconds of each all-reduce: repeats x sizes."""
+        import horovod.tensorflow as hvd
+
+        vectors = {f"{size} bytes": np.ones(size // 4, np.float32) for size in BYTES}
+        seconds = np.zeros((2 + repeats, len(BYTES)))
+        for row in seconds:
+            for i, (name, vector) in enumerate(vectors.items()):
+                hvd.allreduce(np.float32(0), name="all are here")
+                began = time.monotonic()
+                hvd.allreduce(vector, op=hvd.Sum, name=name).numpy()
+                row[i] = time.monotonic() - began
+        return seconds[2:]
+
+
+def work(options):
+    """The life of a worker process."""
+    connection, worker = Client(options.worker), Worker(options)
+    connection.send(os.getpid())
+    with contextlib.suppress(EOFError):
+        while True:
+            request, *arguments = connection.recv()
+            connection.send(getattr(worker, request)(*arguments))
+
+
+class Team:
+    """Two worker processes, which stand still (SIGSTOP) while nothing is asked of them.
+
+    Args:
+        launcher: command that starts both workers, or `None`: start two independent processes.
+    """
+
+    def __init__(self, options, launcher=None, **environment):
+        self.folder = tempfile.TemporaryDirectory()
+        address, self.log = (pathlib.Path(self.folder.name, name) for name in ("socket", "log"))
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(address))
+        server.listen()
+        server.settimeout(1)
+        command = [sys.executable, "-m", "scripts.bench_scaling", f"--worker={address}"]
+        command += [f"--depth={options.depth}", f"--batch={options.batch}"]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
+        with self.log.open("w") as log:
+            # A session of its own for each, as horovodrun gives its workers: the scheduler shares
+            # out the cores among sessions.
+            settings = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.processes = [
+                subprocess.Popen([*(launcher or []), *command], **settings)
+                for _ in range(1 if launcher else WORKERS)
+            ]
+        self.connections = []
+        while len(self.connections) < WORKERS:
+            with contextlib.suppress(TimeoutError):
+                self.connections.append(Connection(server.accept()[0].detach()))
+            if any(process.poll() is not None for process in self.processes):
+                self._fail()
+        self.pids = [self._receive(connection) for connection in self.connections]
+        self._signal(signal.SIGSTOP)
+
+    def ask(self, *request, members=WORKERS):
+        """Asks the first `members` workers for the same; returns their answers."""
+        self._signal(signal.SIGCONT)
+        for connection in self.connections[:members]:
+            connection.send(request)
+        answers = [self._receive(connection) for connection in self.connections[:members]]
+        self._signal(signal.SIGSTOP)
+        return answers
+
+    def rates(self, k, count, members=WORKERS):
+        """Updates per second of each worker; all start at the same moment."""
+        return common_rates(self.ask("updates", k, count, time.monotonic() + 0.1, members=members))
+
+    def _receive(self, connection):
+        try:
+            return connection.recv()
+        except EOFError:
+            self._fail()
+
+    def _fail(self):
+        raise RuntimeError(f"a worker ended:\n{self.log.read_text()[-3000:]}")
+
+    def _signal(self, number):
+        for pid in self.pids:
+            os.kill(pid, number)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            self._signal(signal.SIGCONT)
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.wait(60)
+        self.folder.cleanup()
+
+
+def horovod_team(options, **environment):
+    horovodrun = pathlib.Path(sys.executable).with_name("horovodrun")
+    return Team(options, [str(horovodrun), "--gloo", "-np", str(WORKERS)], **environment)
+
+
+def measure_throughput(options):
+    with Team(options) as independent, horovod_team(options) as joint:
+        teams = {"alone": (independent, 1), "independent": (independent, 2), "joint": (joint, 2)}
+        counts, rates = {}, {(k, name): [] for k in MICRO_STEPS for name in teams}
+        for k, name in rates:
+            team, members = teams[name]
+            team.ask("updates", k, 2, members=members)  # compiles
+            pace = min(common_rates([s]) for s in team.ask("updates", k, 5, members=members))[0]
+            counts[k, name] = max(5, 2 + int(options.seconds * pace))
+        for round_ in range(options.rounds):
+            names = list(teams)[round_ % 3 :] + list(teams)[: round_ % 3]
+            for k, name in ((k, name) for k in MICRO_STEPS for name in names):
+                team, members = teams[name]
+                rate = sum(team.rates(k, counts[k, name], members))
+                rates[k, name].append(k * options.batch * rate)
+    result = {}
+    print(f"throughput, ResNet-{options.depth}, micro-steps of {options.batch} images")
+    for k in MICRO_STEPS:
+        values = {name: np.array(rates[k, name]) for name in teams}
+        result[k] = {"images_per_second": {name: v.tolist() for name, v in values.items()}}
+        print(f" k = {k}, {options.rounds} rounds of {options.seconds:g} s")
+        for name, value in values.items():
+            low, median, high = np.percentile(value, [25, 50, 75])
+            print(f"  images/s, {name:<34} {median:.1f}  ({low:.1f} to {high:.1f})")
+        for other, title in (("independent", "2 independent processes"), ("alone", "1 alone")):
+            result[k][f"joint_over_{other}"] = ratio(values, "joint", other)
+            show_ratio(f"2 workers / {title}", result[k][f"joint_over_{other}"])
+    return result
+
+
+def measure_timeline(options):
+    result = {}
+    print("share of worker 0's time, from Horovod's timeline")
+    with horovod_team(options, HOROVOD_TIMELINE="DYNAMIC") as team:
+        team.ask("calm_timeline")
+        for k in MICRO_STEPS:
+            file = pathlib.Path(team.folder.name, f"{k}.json")
+            team.ask("updates", k, 5)
+            team.ask("trace", k, 1 + max(10, 60 // k), str(file))
+            result[k] = communication_shares(json.loads(file.read_text()))
+            print(f"  k = {k}: " + ", ".join(f"{n} {v:.1%}" for n, v in result[k].items()))
+    return result
+
+
+def measure_allreduce(options):
+    with horovod_team(options) as team:
+        # An all-reduce is over when the last worker has it.
+        seconds = np.median(np.max(team.ask("allreduces", options.repeats), axis=0), axis=0)
+    latency, bandwidth = fit_ring(WORKERS, BYTES, seconds)
+    fitted = ring_seconds(WORKERS, np.array(BYTES), latency, bandwidth)
+    print(f"all-reduce between {WORKERS} workers here, median of {options.repeats}, and the fit")
+    for size, measured, model in zip(BYTES, 1e3 * seconds, 1e3 * fitted):
+        print(f"  {size:>10,} bytes  {measured:9.3f} ms  {model:9.3f} ms")
+    print(f"  alpha = {1e6 * latency:.0f} us a hop, B = {bandwidth / 1e9:.2f} GB/s")
+    return {
+        "bytes": BYTES,
+        "seconds": seconds.tolist(),
+        "fitted_seconds": fitted.tolist(),
+        "latency_seconds": latency,
+        "bytes_per_second": bandwidth,
+    }
+
+
+def show_predictions(options, fixed):
+    assumed = {
+        "images_per_second": options.images_per_second,
+        "micro_batch": options.micro_batch,
+        "milliseconds": 1e3 * options.micro_batch / options.images_per_second,
+        "hop_microseconds": options.hop_microseconds,
+        "fixed": 1e3 * fixed,
+    }
+    print(f"predicted efficiency of ResNet-50; assumed:\n{ASSUMPTIONS.format(**assumed)}")
+    columns = [(w, k) for w in PREDICTED_WORKERS for k in (1, 4, needed_micro_steps(w, options))]
+    print(f"  {'workers W':<20}" + "".join(f"{w:>7,}" for w, _ in columns))
+    print(f"  {'micro-steps k':<20}" + "".join(f"{k:>7.3g}" for _, k in columns))
+    rows = []
+    for gbits, gradients in ((g, name) for g in options.gbits for name in GRADIENTS):
+        values = [predict(w, k, gbits, gradients, options, fixed) for w, k in columns]
+        print(f"  {gbits:>3g} Gbit/s, {gradients:<7}" + "".join(f"{v:>7.0%}" for v in values))
+        row = {"gbits": gbits, "gradients": gradients}
+        rows += [
+            {**row, "workers": w, "k": k, "efficiency": v} for (w, k), v in zip(columns, values)
+        ]
+    print(
+        f"  the last k of each W makes a batch of {LARGE_BATCH:,}; without virtual batches: k = 1"
+    )
+    return {"assumed": assumed, "efficiency": rows}
+
+
+def plot_predictions(path, options, fixed):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    workers = 2 ** np.arange(1, 12)
+    panels = {
+        "4 micro-steps an update": [4 for _ in workers],
+        f"batch of {LARGE_BATCH:,}": [needed_micro_steps(w, options) for w in workers],
+    }
+    # Okabe and Ito's colours, for colour-blind readers; the markers tell them apart in grey.
+    styles = (("#D55E00", "o"), ("#0072B2", "s"), ("black", "^"), ("#009E73", "D"))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for panel, (title, micro_steps) in zip(axes, panels.items()):
+        for gbits, (colour, marker) in zip(options.gbits, styles):
+            for ks, line in ((micro_steps, "-"), ([1 for _ in workers], "--")):
+                values = [predict(*x, gbits, "float32", options, fixed) for x in zip(workers, ks)]
+                label = f"{gbits:g} Gbit/s" if line == "-" else None
+                style = {"color": colour, "marker": marker, "markersize": 4, "label": label}
+                panel.plot(workers, 100 * np.array(values), line, **style)
+        panel.set_xscale("log", base=2)
+        panel.set(title=title, xlabel="workers", ylim=(0, 103), xticks=workers[::2])
+        panel.set_xticklabels([f"{w:,}" for w in workers[::2]])
+        panel.grid(alpha=0.3)
+    axes[0].plot([], [], "-", color="grey", label="with virtual batches")
+    axes[0].plot([], [], "--", color="grey", label="without: k = 1")
+    axes[0].set_ylabel("predicted efficiency (%)")
+    axes[0].legend(fontsize=8, loc="lower center", ncols=2)
+    assumed = (
+        f"ResNet-50, float32 gradients; assumed: {options.images_per_second:g} images/s a worker, "
+        f"micro-steps of {options.micro_batch} images, {options.hop_microseconds:g} µs a hop"
+    )
+    figure.suptitle(assumed, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"drawn in {path}")
+
+
+def parsed_options():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = ("throughput", "timeline", "model")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--depth", type=int, default=8, help="of the CIFAR ResNet")
+    parser.add_argument("--batch", type=int, default=32, help="images of its micro-step")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one timed window")
+    parser.add_argument("--repeats", type=int, default=30, help="of each all-reduce")
+    parser.add_argument("--gbits", type=float, nargs="+", default=[10, 25, 100])
+    parser.add_argument("--hop-microseconds", type=float, default=20)
+    parser.add_argument("--images-per-second", type=float, default=412, help="of one GPU")
+    parser.add_argument("--micro-batch", type=int, default=32, help="of one GPU")
+    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--plot", help="file for the picture of the predictions")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    options = parsed_options()
+    if options.worker:
+        return work(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no stopped workers behind
+    result = {"machine": machine()}
+    print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")
+    if "throughput" in options.parts:
+        result["throughput"] = measure_throughput(options)
+    if "timeline" in options.parts:
+        result["timeline"] = measure_timeline(options)
+    if "model" in options.parts:
+        result["allreduce"] = measure_allreduce(options)
+        fixed = ring_seconds(WORKERS, 0, result["allreduce"]["latency_seconds"], np.inf)
+        result["predictions"] = show_predictions(options, fixed)
+        if options.plot:
+            plot_predictions(options.plot, options, fixed)
+    write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
