@@ -70,30 +70,51 @@ def _is_worker(process):
         return False
 
 
-def kill_while_saving(process, folder, generator):
-    """Waits for the start of one of the next saves and kills in it; False if the run ended."""
-    for _ in range(generator.randint(1, 4)):
-        partial = None
-        while partial is None or not partial.exists():
-            if process.poll() is not None:
-                return False
-            partial = next(iter((folder / "checkpoints").glob("partial-*")), None)
-            time.sleep(0.0005)
-        moment = time.monotonic() + generator.uniform(0, 0.01)
-        while partial.exists() and time.monotonic() < moment:
-            time.sleep(0.0005)
-    kill(process, generator)
+def wait(process, condition):
+    """Waits until a condition holds; False if the process ended before."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.0005)
     return True
 
 
-def kill_at_random(process, seconds, generator):
-    """Kills after at most so many seconds; False if the run ended before."""
-    try:
-        process.wait(timeout=generator.uniform(0, seconds))
+def wait_in_save(process, folder, generator):
+    """Waits for a moment in one of the next saves."""
+    partial = []
+    for _ in range(generator.randint(1, 4)):
+        if not wait(process, lambda old=partial: not any(p.exists() for p in old)):
+            return False
+        partial = wait_for_files(process, folder / "checkpoints", "partial-*")
+        if not partial:
+            return False
+    time.sleep(generator.uniform(0, 0.01))
+    return True
+
+
+def wait_for_files(process, folder, pattern):
+    """Waits for files of that name and returns them; an empty list if the process ended before."""
+    found = []
+    wait(process, lambda: found.extend(folder.glob(pattern)) or found)
+    return found
+
+
+def wait_in_training(process, folder, generator):
+    """Waits for a moment of the start, or of the next 20 updates."""
+    updates = generator.choice([0, 0, *range(1, 21)])
+    if updates == 0:
+        moment = time.monotonic() + generator.uniform(0, 6)
+        return wait(process, lambda: time.monotonic() > moment)
+    # A run begins by writing its log anew, up to the checkpoint from which it goes on.
+    log = folder / "metrics.jsonl"
+    old = log.stat().st_ino if log.exists() else None
+    if not wait(process, lambda: log.exists() and log.stat().st_ino != old):
         return False
-    except subprocess.TimeoutExpired:
-        kill(process, generator)
-        return True
+    lines = log.read_text().count("\n")
+    if not wait(process, lambda: log.read_text().count("\n") >= lines + updates):
+        return False
+    time.sleep(generator.uniform(0, 0.05))
+    return True
 
 
 def final_state(folder):
@@ -132,21 +153,16 @@ def speed(folder):
 
 def test(folder, workers, kills, epochs, generator):
     undisturbed, killed = folder / f"undisturbed-{workers}", folder / f"killed-{workers}"
-    began = time.monotonic()
     finish(undisturbed, workers, epochs)
-    seconds = time.monotonic() - began
     done = in_saves = 0
     while done < kills:
         process = start(killed, workers, epochs)
         saving = generator.random() < 0.5
-        if saving:
-            success = kill_while_saving(process, killed, generator)
-        else:
-            success = kill_at_random(process, min(seconds, 40), generator)
-        if not success:
+        if not (wait_in_save if saving else wait_in_training)(process, killed, generator):
             if (killed / "summary.json").exists():
                 sys.exit(f"error: finished after {done} kills: give more --epochs")
             sys.exit(f"error: the run failed, see {killed}.log")
+        kill(process, generator)
         done += 1
         in_saves += saving
         print(f"  {workers} worker(s), kill {done}/{kills}", flush=True)
@@ -163,7 +179,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=25, help="for each number of workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", action="store_true", help="what --deterministic costs")
     parser.add_argument("--folder", help="where to keep the runs; a temporary one by default")
