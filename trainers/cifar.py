@@ -20,6 +20,8 @@ TEST_BATCH_SIZE = 500
 class Cifar:
     """The task of this trainer; see `trainers.run.run`."""
 
+    trainer = "trainers.cifar"
+
     @property
     def name(self):
         return f"{FLAGS.dataset}-resnet{FLAGS.depth}"
@@ -50,7 +52,7 @@ class Cifar:
         self.data = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.download)
 
     def model(self):
-        shape, classes = self.data.input_shape, self.data.classes
+        shape, classes = data.IMAGE_SHAPES[FLAGS.dataset], data.CLASSES[FLAGS.dataset]
         return models.cifar_resnet(FLAGS.depth, shape, classes, FLAGS.weight_decay)
 
     def training_batches(self, plan, rank, seed, epoch, first_update):
@@ -60,10 +62,13 @@ class Cifar:
         return data.test_batches(self.data, TEST_BATCH_SIZE, rank, workers)
 
 
+TASK = Cifar
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    run(Cifar())
+    run(TASK())
 
 
 if __name__ == "__main__":

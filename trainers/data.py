@@ -6,6 +6,8 @@ import numpy as np
 import tensorflow as tf
 
 TRAINING_EXAMPLES = {"digits": 1437, "cifar10": 50000, "cifar100": 50000}
+IMAGE_SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
 
 @dataclasses.dataclass
@@ -14,20 +16,14 @@ class ImageData:
 
     Attributes:
         train, test: `(images, labels)`; images uint8 `(n, height, width, channels)`, labels int32.
-        classes: number of classes.
         padding: pixels of zero padding around a training image before its random crop.
         flip: whether training images may be mirrored.
     """
 
     train: tuple
     test: tuple
-    classes: int
     padding: int
     flip: bool
-
-    @property
-    def input_shape(self):
-        return self.train[0].shape[1:]
 
 
 def load(dataset, data_dir=None, download=False):
@@ -63,7 +59,7 @@ def load(dataset, data_dir=None, download=False):
     train, test = (
         (images.numpy(), labels.numpy().astype(np.int32)) for images, labels in (train, test)
     )
-    return ImageData(train, test, int(train[1].max()) + 1, padding=4, flip=True)
+    return ImageData(train, test, padding=4, flip=True)
 
 
 def _digits():
@@ -76,7 +72,7 @@ def _digits():
     train_x, test_x, train_y, test_y = train_test_split(
         images, labels, test_size=360, random_state=0, stratify=labels
     )
-    return ImageData((train_x, train_y), (test_x, test_y), 10, padding=1, flip=False)
+    return ImageData((train_x, train_y), (test_x, test_y), padding=1, flip=False)
 
 
 def epoch_indices(examples, count, seed, epoch):

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from trainers import preemption
+from trainers.evaluation import Evaluator
 
 AVERAGE_DECAY = 0.9999
 
@@ -20,16 +21,23 @@ class Trainer:
         workers: see `trainers.workers`.
         jit_compile: whether XLA compiles the forward and backward pass.
         compression: of gradients between workers; see `nlcg_tf.horovod.DistributedOptimizer`.
+        label_smoothing: float, how much of each label is spread evenly over all classes.
     """
 
-    def __init__(self, model, optimizer, workers, jit_compile=False, compression=None):
+    def __init__(
+        self, model, optimizer, workers, jit_compile=False, compression=None, label_smoothing=0.0
+    ):
         self.model = model
+        self.evaluate = Evaluator(model)
+        self._label_smoothing = label_smoothing
         self.weights = model.trainable_variables
         # This update's mean loss, and whether a worker was told to stop.
         self._signals = [tf.Variable(0.0, name=name) for name in ("loss", "stop")]
         # Horovod: average the gradients, and with them the signals
         self.optimizer = workers.DistributedOptimizer(optimizer, compression, self._signals)
         self.optimizer.build(self.weights)
+        # In mixed_float16 Keras' LossScaleOptimizer is around it.
+        self.inner_optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         self.averages = [tf.Variable(v) for v in self.weights]
         self.updates = tf.Variable(0, dtype=tf.int64)
         # Loss, correct and seen examples, summed over the epoch's updates and over this one.
@@ -51,9 +59,13 @@ class Trainer:
         with tf.GradientTape() as tape:
             logits = self.model(images, training=True)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            if self._label_smoothing:
+                even = -tf.reduce_mean(tf.nn.log_softmax(logits), axis=-1)
+                losses += self._label_smoothing * (even - losses)
             loss = tf.reduce_mean(losses) + tf.add_n(self.model.losses or [0.0])
+            scaled = loss * getattr(self.optimizer, "dynamic_scale", 1.0)
         correct = tf.reduce_sum(tf.cast(tf.math.in_top_k(labels, logits, 1), tf.float32))
-        return loss, correct, tape.gradient(loss, self.weights)
+        return loss, correct, tape.gradient(scaled, self.weights)
 
     def _micro_step(self, images, labels):
         """Adds one micro-batch to the gradient and loss of the virtual batch."""
@@ -76,8 +88,8 @@ class Trainer:
         loss = self._loss_sum / self.plan.micro_steps
         for signal, value in zip(self._signals, (loss, stop)):
             signal.assign(value)
-        if hasattr(self.optimizer, "observe_loss"):
-            self.optimizer.observe_loss(loss)
+        if hasattr(self.inner_optimizer, "observe_loss"):
+            self.inner_optimizer.observe_loss(loss)
         gradients = [total / self.plan.micro_steps for total in self._gradient_sums]
         self.optimizer.apply(gradients, self.weights)
         n = tf.cast(self.updates, tf.float32)
@@ -120,27 +132,6 @@ class Trainer:
 
     def learning_rate(self):
         return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
-
-    def evaluate(self, batches, workers):
-        """Loss, top-1 and top-5 over all workers' parts of the test images, summed exactly.
-
-        Returns:
-            `(loss, top1, top5)` as floats, the loss without regularization.
-        """
-        sums = tf.zeros(4, tf.float64)
-        for images, labels, weights in batches:
-            sums += self._evaluate_batch(images, labels, weights)
-        # Horovod: sum over the workers
-        loss, top1, top5, count = workers.sum_over_workers(sums.numpy().tolist())
-        return loss / count, top1 / count, top5 / count
-
-    @tf.function
-    def _evaluate_batch(self, images, labels, weights):
-        logits = self.model(images, training=False)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        hits = [tf.cast(tf.math.in_top_k(labels, logits, k), tf.float32) for k in (1, 5)]
-        parts = [losses, *hits, tf.ones_like(losses)]
-        return tf.stack([tf.reduce_sum(tf.cast(part * weights, tf.float64)) for part in parts])
 
     def evaluate_averages(self, batches, workers):
         """`evaluate` with the moving average of the weights in place of the weights."""
@@ -274,8 +265,8 @@ def _peak_memory(workers):
 
 def _step_record(trainer, epoch, done, loss, rate):
     record = {"epoch": epoch + 1, "update": done, "loss": float(loss), "learning_rate": rate}
-    if hasattr(trainer.optimizer, "diagnostics"):
-        record.update(trainer.optimizer.diagnostics())
+    if hasattr(trainer.inner_optimizer, "diagnostics"):
+        record.update(trainer.inner_optimizer.diagnostics())
     return record
 
 

@@ -1,6 +1,5 @@
 """One run of a trainer, from flags to summary; the trainers differ in data, model and schedule."""
 
-import math
 import pathlib
 import sys
 
@@ -8,7 +7,7 @@ import keras
 import tensorflow as tf
 from absl import flags, logging
 
-from trainers import loop, preemption, reporting, settings, workers
+from trainers import dry_run, loop, preemption, reporting, settings, workers
 from trainers.checkpoints import Checkpoints
 from trainers.optimizers import make_optimizer
 from trainers.plan import divide, make_plan
@@ -22,6 +21,7 @@ def run(task):
     Args:
         task: an object with
 
+            trainer               string, the module that defines it
             name                  string, names the default run folder
             examples              number of training images in an epoch
             default_line_search   "online" or "none", for --line_search=auto
@@ -38,20 +38,32 @@ def run(task):
     cluster = workers.connect()
     folder = pathlib.Path(FLAGS.output_dir or pathlib.Path("runs", _folder_name(task)))
     try:
+        if FLAGS.workers and not FLAGS.dry_run:
+            raise ValueError("--workers is for --dry_run: a launcher decides how many there are")
         task.check()
-        plan = _plan(task, cluster.size())
-        task.load()
+        plan = _plan(task, FLAGS.workers or cluster.size())
+        if not FLAGS.dry_run:
+            task.load()
     except (ValueError, FileNotFoundError) as error:
         _fail(error, cluster.rank())
 
+    keras.config.set_dtype_policy(FLAGS.dtype_policy)
+    if FLAGS.dry_run:
+        if cluster.rank() == 0:
+            print("\n".join(dry_run.description(task, plan)))
+        return
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(FLAGS.seed)
     optimizer = make_optimizer(
         FLAGS.optimizer, task.schedule(plan), **settings.nlcg_arguments(task.default_line_search)
     )
+    if FLAGS.dtype_policy == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     compression = None if FLAGS.compression == "none" else FLAGS.compression
-    trainer = loop.Trainer(task.model(), optimizer, cluster, FLAGS.jit_compile, compression)
+    trainer = loop.Trainer(
+        task.model(), optimizer, cluster, FLAGS.jit_compile, compression, FLAGS.label_smoothing
+    )
     try:
         if workers.is_elastic():
             # Horovod: called again after each change of workers
@@ -96,8 +108,9 @@ def _train(state, task, trainer, cluster, folder):
             if not state.restored:
                 _restore(checkpoints, identity, state, reporter.say)
             done = int(trainer.updates.numpy())
-            lines = _description(task, trainer.model, plan, done)
-            reporter.start(FLAGS.flag_values_dict(), lines, done, state.record.get("epoch", 0))
+            lines = [*dry_run.summary(task, trainer.model, plan), f"{done:,} updates done"]
+            flags = {"trainer": task.trainer, **FLAGS.flag_values_dict()}
+            reporter.start(flags, lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error
     # Horovod: if worker 0 cannot begin, all end
@@ -127,7 +140,7 @@ def _train(state, task, trainer, cluster, folder):
                 checkpoint_steps=FLAGS.checkpoint_steps,
                 commit_steps=FLAGS.commit_steps if workers.is_elastic() else None,
             )
-        parameters = _parameters(trainer.model)
+        parameters = dry_run.parameters(trainer.model)
         reporter.finish({**summary, "parameters": parameters, "seed": FLAGS.seed})
     finally:
         reporter.close()
@@ -168,19 +181,6 @@ def _restore(checkpoints, identity, state, say):
     checkpoints.restore(path)
     state.record = meta["record"]
     say(f"resuming from {path}")
-
-
-def _description(task, model, plan, done):
-    return [
-        f"{task.name}: {_parameters(model):,} parameters, {task.examples:,} training images",
-        f"{FLAGS.optimizer}: batch {plan.global_batch_size:,} = {plan.workers} worker(s) x "
-        f"{plan.micro_steps} micro-step(s) x {plan.per_worker_batch_size:,}; "
-        f"{plan.updates:,} updates in {plan.epochs} epochs, {done} done",
-    ]
-
-
-def _parameters(model):
-    return sum(math.prod(v.shape) for v in model.trainable_variables)
 
 
 def _fail(message, rank):

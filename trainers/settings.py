@@ -29,6 +29,19 @@ flags.DEFINE_enum(
     "NLCG: line search. auto is the paper's choice for the data set and batch.",
 )
 flags.DEFINE_float("lars_coefficient", None, "NLCG: LARS coefficient.", lower_bound=1e-12)
+flags.DEFINE_float(
+    "label_smoothing",
+    0.0,
+    "How much of a label is spread over all classes.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_enum(
+    "dtype_policy",
+    "float32",
+    ["float32", "mixed_bfloat16", "mixed_float16"],
+    "Precision of the model's computation; weights and optimizer stay float32.",
+)
 flags.DEFINE_bool("jit_compile", False, "Compile the forward and backward pass with XLA.")
 flags.DEFINE_integer("seed", 0, "Seed of weights, order and augmentation.", lower_bound=0)
 flags.DEFINE_string("output_dir", None, "Run folder; by default one named by the flags in runs/.")
@@ -53,6 +66,8 @@ flags.DEFINE_bool(
 flags.DEFINE_enum(
     "compression", "none", ["none", "fp16", "bf16"], "Gradients between workers in 16 bits."
 )
+flags.DEFINE_bool("dry_run", False, "Print what the run would do and need, and end.")
+flags.DEFINE_integer("workers", None, "With --dry_run: how many to assume.", lower_bound=1)
 flags.DEFINE_integer("log_steps", 10, "Updates between two logged steps.", lower_bound=1)
 
 
@@ -68,6 +83,8 @@ DECISIVE = (
     "lars_coefficient",
     "seed",
     "compression",
+    "label_smoothing",
+    "dtype_policy",
 )
 
 

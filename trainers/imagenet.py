@@ -1,0 +1,98 @@
+"""Trains ResNet-50 on ImageNet: `python -m trainers.imagenet --dataset=folder --data_dir=DIR`."""
+
+import functools
+
+from absl import app, flags
+
+import nlcg_tf
+from trainers import images, resnet50, settings  # noqa: F401 (settings defines the shared flags)
+from trainers.run import run
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_enum(
+    "dataset",
+    "imagenet2012",
+    ["imagenet2012", "folder", "synthetic"],
+    "TensorFlow Datasets' imagenet2012; a folder with train/CLASS/*.JPEG and validation/CLASS/* "
+    "(or val); or images made up, to measure speed.",
+)
+flags.DEFINE_enum("model", "v1", list(resnet50.VERSIONS), "ResNet-50 v1 or v2.")
+flags.DEFINE_integer("image_size", 299, "Height and width of the images, 299 in the paper.")
+flags.DEFINE_integer(
+    "max_corrupt_examples", 0, "How many damaged images each worker may skip.", lower_bound=0
+)
+
+TEST_BATCH_SIZE = 100
+
+
+class ImageNet:
+    """The task of this trainer; see `trainers.run.run`."""
+
+    trainer = "trainers.imagenet"
+    default_line_search = "online"
+
+    @property
+    def name(self):
+        return f"{FLAGS.dataset}-resnet50{FLAGS.model}"
+
+    @functools.cached_property
+    def data(self):
+        if FLAGS.dataset == "synthetic":
+            return images.synthetic(FLAGS.image_size)
+        arguments = (FLAGS.data_dir, FLAGS.image_size, FLAGS.max_corrupt_examples)
+        if FLAGS.dataset == "folder":
+            return images.open_folder(*arguments)
+        return images.open_tfds(*arguments)
+
+    @property
+    def examples(self):
+        return images.IMAGENET_EXAMPLES if self._assumed else self.data.examples
+
+    @property
+    def _assumed(self):
+        """A dry run needs no data: it takes ImageNet's size."""
+        return FLAGS.dry_run and FLAGS.dataset == "imagenet2012"
+
+    @property
+    def identity(self):
+        return {name: FLAGS[name].value for name in ("dataset", "model", "image_size")}
+
+    def check(self):
+        if FLAGS.dataset == "folder" and not FLAGS.data_dir:
+            raise ValueError("--dataset=folder needs --data_dir")
+        if FLAGS.dataset == "synthetic" and FLAGS.data_dir:
+            raise ValueError("--dataset=synthetic takes no --data_dir")
+        if FLAGS.image_size < 32:
+            raise ValueError(f"--image_size={FLAGS.image_size} is too small: at least 32")
+
+    def schedule(self, plan):
+        return nlcg_tf.schedules.ImageNetSchedule(
+            plan.global_batch_size, plan.epochs, plan.updates_per_epoch
+        )
+
+    def load(self):
+        self.data  # noqa: B018 (opened here, where an error is reported well)
+
+    def model(self):
+        classes = images.IMAGENET_CLASSES if self._assumed else self.data.classes
+        return resnet50.resnet50(FLAGS.model, FLAGS.image_size, classes, FLAGS.weight_decay)
+
+    def training_batches(self, plan, rank, seed, epoch, first_update):
+        return self.data.training_batches(plan, rank, seed, epoch, first_update)
+
+    def test_batches(self, rank, workers):
+        return self.data.test_batches(TEST_BATCH_SIZE, rank, workers)
+
+
+TASK = ImageNet
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    run(TASK())
+
+
+if __name__ == "__main__":
+    app.run(main)
