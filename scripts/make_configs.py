@@ -27,7 +27,7 @@ def config(optimizer, batch, epochs):
     title, flags = OPTIMIZERS[optimizer]
     per_worker = min(LARGEST_MICRO_BATCH, batch // GPUS)
     name = f"configs/imagenet/{optimizer}-{batch}-{epochs}.cfg"
-    expected = EXPECTED.get((optimizer, batch, epochs), "a curve in the paper's figures; see there.")
+    expected = EXPECTED.get((optimizer, batch, epochs), "see the paper's figures.")
     return f"""\
 # ResNet-50 on ImageNet: {title}, batch {batch:,}, {epochs} epochs.
 # Source: arXiv 1812.02886, Figures 2 to 6; --model=v2 for ResNet-50 v2.
