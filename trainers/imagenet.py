@@ -5,7 +5,7 @@ import functools
 from absl import app, flags
 
 import nlcg_tf
-from trainers import images, resnet50, settings  # noqa: F401 (settings defines the shared flags)
+from trainers import imagenet_data, resnet50, settings  # noqa: F401 (settings defines the shared flags)
 from trainers.run import run
 
 FLAGS = flags.FLAGS
@@ -24,6 +24,9 @@ flags.DEFINE_integer(
 )
 
 TEST_BATCH_SIZE = 100
+# Of ImageNet, for dry runs without it.
+EXAMPLES, CLASSES = 1_281_167, 1000
+SYNTHETIC_UPDATES = 50
 
 
 class ImageNet:
@@ -39,15 +42,17 @@ class ImageNet:
     @functools.cached_property
     def data(self):
         if FLAGS.dataset == "synthetic":
-            return images.synthetic(FLAGS.image_size)
+            # An epoch short enough to wait for its images per second.
+            examples = SYNTHETIC_UPDATES * FLAGS.global_batch_size
+            return imagenet_data.Synthetic(FLAGS.image_size, examples=examples)
         arguments = (FLAGS.data_dir, FLAGS.image_size, FLAGS.max_corrupt_examples)
         if FLAGS.dataset == "folder":
-            return images.open_folder(*arguments)
-        return images.open_tfds(*arguments)
+            return imagenet_data.open_folder(*arguments)
+        return imagenet_data.open_tfds(*arguments)
 
     @property
     def examples(self):
-        return images.IMAGENET_EXAMPLES if self._assumed else self.data.examples
+        return EXAMPLES if self._assumed else self.data.examples
 
     @property
     def _assumed(self):
@@ -75,7 +80,7 @@ class ImageNet:
         self.data  # noqa: B018 (opened here, where an error is reported well)
 
     def model(self):
-        classes = images.IMAGENET_CLASSES if self._assumed else self.data.classes
+        classes = CLASSES if self._assumed else self.data.classes
         return resnet50.resnet50(FLAGS.model, FLAGS.image_size, classes, FLAGS.weight_decay)
 
     def training_batches(self, plan, rank, seed, epoch, first_update):
