@@ -71,16 +71,21 @@ class Photos:
         part = plan.micro_steps * plan.per_worker_batch_size
         places = np.arange(count).reshape(plan.updates_per_epoch, plan.workers, part)
         places = places[first_update:, rank].ravel()
-        key = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 2)
+        # One stream for whether a place is mirrored, and a key for the crops.
+        generator = np.random.default_rng([seed, epoch])
+        key = int(generator.integers(2**62))
+        mirrored = generator.integers(2, size=count, dtype=bool)
 
-        def make(index, place):
+        def make(index, place, mirrored):
             data, label = self._train.load(index)
-            return images.training_image(data, tf.stack([key, place]), self.image_size), label
+            seeds = tf.stack([key, place])
+            return images.training_image(data, seeds, mirrored, self.image_size), label
 
         def replace(row, attempt):
-            return order[(row[1] + attempt) % count], row[1]
+            _, place, mirrored = row
+            return order[(place + attempt) % count], place, mirrored
 
-        rows = (order[places], places)
+        rows = (order[places], places, mirrored[places])
         batch_size = plan.per_worker_batch_size
         return images.Batches(rows, batch_size, make, replace, self._train.name, self._damage)
 
@@ -295,7 +300,7 @@ def open_tfds(data_dir, image_size, max_corrupt_examples=0):
     splits = builder.info.splits
     if "train" not in splits or "validation" not in splits:
         raise FileNotFoundError(
-            f"imagenet2012 is not prepared under --data_dir={data_dir}. ImageNet must be fetched by "
+            f"imagenet2012 is not prepared under --data_dir={data_dir}. ImageNet must be had by "
             "hand from image-net.org: put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into "
             "downloads/manual of that folder, then run `tfds build imagenet2012 "
             f"--data_dir={data_dir}`; or unpack them into class folders for --dataset=folder"

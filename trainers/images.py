@@ -25,21 +25,20 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END_OF_JPEG = b"\xff\xd9"
 
 
-def training_image(data, seeds, size):
+def training_image(data, seeds, mirrored, size):
     """A random part of a photo, mirrored or not.
 
     Args:
         data: scalar string tensor, the file.
-        seeds: int64 `(2,)`, the only source of randomness.
+        seeds: int64 `(2,)`, the only source of randomness of the crop.
+        mirrored: scalar bool tensor.
         size: int, height and width of the result.
 
     Returns:
         float32 `(size, size, 3)`, normalised.
     """
-    pixels = _resize(decode(data, lambda *shape: random_window(*shape, seeds)), size)
-    other_seeds = seeds + tf.constant([1, 0], tf.int64)
-    mirrored = tf.random.stateless_uniform((), other_seeds, maxval=2, dtype=tf.int32)
-    pixels = tf.cond(mirrored > 0, lambda: tf.reverse(pixels, [1]), lambda: pixels)
+    pixels = _resize(decode(data, lambda shape: random_window(shape, seeds)), size)
+    pixels = tf.cond(mirrored, lambda: tf.reverse(pixels, [1]), lambda: pixels)
     return _normalise(pixels, size)
 
 
@@ -48,18 +47,18 @@ def test_image(data, size):
     return _normalise(_resize(decode(data, central_window), size), size)
 
 
-def random_window(height, width, seeds):
+def random_window(shape, seeds):
     """A window of 8 to 100 % of the area and an aspect of 3/4 to 4/3; the whole if none fits.
 
     Args:
-        height, width: int32 scalars, pixels.
+        shape: int32 `(3,)`, height, width and channels of a photo.
         seeds: int64 `(2,)`.
 
     Returns:
-        int32 scalars `(top, left, height, width)`.
+        `(begin, size)` as for `tf.slice`: int32 `(2,)`, rows and columns.
     """
-    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        tf.stack([height, width, 3]),
+    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+        shape,
         tf.zeros((1, 0, 4)),
         seeds,
         # The "object" is the whole photo here: the default of 0.1 would cut off the small crops.
@@ -69,14 +68,14 @@ def random_window(height, width, seeds):
         max_attempts=10,
         use_image_if_no_bounding_boxes=True,
     )
-    return begin[0], begin[1], extent[0], extent[1]
+    return begin[:2], size[:2]
 
 
-def central_window(height, width):
-    """The square in the centre; arguments and result as in `random_window`."""
-    shorter = tf.cast(tf.minimum(height, width), tf.float32)
+def central_window(shape):
+    """The square in the centre; argument and result as in `random_window`."""
+    shorter = tf.cast(tf.reduce_min(shape[:2]), tf.float32)
     side = tf.maximum(tf.cast(tf.round(CENTRAL_CROP * shorter), tf.int32), 1)
-    return (height - side) // 2, (width - side) // 2, side, side
+    return (shape[:2] - side) // 2, tf.stack([side, side])
 
 
 def decode(data, choose_window):
@@ -84,7 +83,7 @@ def decode(data, choose_window):
 
     Args:
         data: scalar string tensor, the file.
-        choose_window: function of (height, width) to (top, left, height, width).
+        choose_window: function of the photo's shape; see `random_window`.
 
     Returns:
         uint8 `(height, width, 3)` of the window; greyscale and CMYK as RGB.
@@ -102,63 +101,49 @@ def decode(data, choose_window):
 
 
 def _decode_jpeg(data, choose_window):
-    height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(data))
-    with tf.control_dependencies([_check_size(height, width)]):
-        top, left, rows, columns = choose_window(height, width)
+    # Few operations, on vectors: for small photos their calls cost as much as the decoding.
+    shape = tf.image.extract_jpeg_shape(data)
+    with tf.control_dependencies([_check_size(shape)]):
+        begin, size = choose_window(shape)
     # The decoder interpolates colour between pixels: one more on each side, and the edges of the
     # window are right too.
-    first_row, first_column = tf.maximum(top - 1, 0), tf.maximum(left - 1, 0)
-    last_row = tf.minimum(top + rows + 1, height)
-    last_column = tf.minimum(left + columns + 1, width)
+    first = tf.maximum(begin - 1, 0)
+    last = tf.minimum(begin + size + 1, shape[:2])
     # The decoder stops below its window, and would not see that the file was cut off further down.
     # So a file without its end mark is decoded whole: that fails if something is missing.
-    whole = tf.strings.substr(data, -2, 2) != _END_OF_JPEG
-    zero = tf.constant(0)
-    first_row, first_column, last_row, last_column = (
-        tf.where(whole, everything, part)
-        for everything, part in (
-            (zero, first_row),
-            (zero, first_column),
-            (height, last_row),
-            (width, last_column),
-        )
-    )
+    complete = tf.strings.substr(data, -2, 2) == _END_OF_JPEG
+    first = tf.where(complete, first, 0)
+    last = tf.where(complete, last, shape[:2])
     pixels = tf.image.decode_and_crop_jpeg(
         data,
-        [first_row, first_column, last_row - first_row, last_column - first_column],
+        tf.concat([first, last - first], 0),
         channels=3,
         # The default is off by up to 24 of 255 and hardly faster.
         dct_method="INTEGER_ACCURATE",
     )
-    return tf.slice(pixels, [top - first_row, left - first_column, 0], [rows, columns, 3])
+    return _cut(pixels, begin - first, size)
 
 
 def _decode_png(data, choose_window):
     # tf.io.decode_png alone would take other formats too.
-    is_png = tf.debugging.assert_equal(
-        tf.strings.substr(data, 0, len(_PNG_SIGNATURE)),
-        _PNG_SIGNATURE,
-        "neither a JPEG nor a PNG file",
-    )
-    with tf.control_dependencies([is_png] if is_png is not None else []):
+    is_png = tf.strings.substr(data, 0, len(_PNG_SIGNATURE)) == _PNG_SIGNATURE
+    check = tf.raw_ops.Assert(condition=is_png, data=["neither a JPEG nor a PNG file"])
+    with tf.control_dependencies([check]):
         # Bytes 16 to 23 are width and height; a shorter file fails in the decoder.
-        header = tf.io.decode_raw(
-            tf.strings.substr(tf.strings.join([data, b"\0" * 24]), 16, 8),
-            tf.int32,
-            little_endian=False,
-        )
-    with tf.control_dependencies([_check_size(header[1], header[0])]):
+        padded = tf.strings.join([data, b"\0" * 24])
+    header = tf.io.decode_raw(tf.strings.substr(padded, 16, 8), tf.int32, little_endian=False)
+    with tf.control_dependencies([_check_size(header)]):
         pixels = tf.io.decode_png(data, channels=3)
-    top, left, rows, columns = choose_window(tf.shape(pixels)[0], tf.shape(pixels)[1])
-    return tf.slice(pixels, [top, left, 0], [rows, columns, 3])
+    return _cut(pixels, *choose_window(tf.shape(pixels)))
 
 
-def _check_size(height, width):
-    area = tf.cast(height, tf.int64) * tf.cast(width, tf.int64)
-    check = tf.debugging.assert_less_equal(
-        area, tf.constant(MAX_PIXELS, tf.int64), f"more than {MAX_PIXELS} pixels"
-    )
-    return tf.no_op() if check is None else check
+def _check_size(shape):
+    few = tf.reduce_prod(tf.cast(shape[:2], tf.int64)) <= MAX_PIXELS
+    return tf.raw_ops.Assert(condition=few, data=[f"more than {MAX_PIXELS} pixels"])
+
+
+def _cut(pixels, begin, size):
+    return tf.slice(pixels, tf.pad(begin, [[0, 1]]), tf.pad(size, [[0, 1]], constant_values=-1))
 
 
 def _resize(pixels, size):
