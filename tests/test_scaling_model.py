@@ -1,4 +1,4 @@
-"""The pure functions of scripts/bench_scaling.py and scaling_model.py: cost of a ring, efficiency, traces, windows."""
+"""Pure functions of bench_scaling.py and scaling_model.py: rings, efficiency, traces, windows."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""ResNet-50 v1 and v2 (He et al. 2016) as Keras Applications has them, with the paper's settings."""
+"""ResNet-50 v1 and v2 (He et al. 2016) of Keras Applications, with the paper's settings."""
 
 import keras
 
@@ -6,7 +6,7 @@ VERSIONS = {"v1": keras.applications.ResNet50, "v2": keras.applications.ResNet50
 
 
 def resnet50(version, image_size, classes, weight_decay=1e-4):
-    """`keras.applications.ResNet50` or `ResNet50V2` with logits, batch norm as in the paper, and L2.
+    """`keras.applications.ResNet50` or `ResNet50V2` with logits and L2.
 
     Batch norm has momentum 0.9 and epsilon 1e-5. The loss gains weight_decay * sum(w^2) over the
     kernels of convolutions and of the classifier. The layers' names are those of Keras

@@ -37,12 +37,15 @@ def run(task):
         preemption.watch()
     cluster = workers.connect()
     folder = pathlib.Path(FLAGS.output_dir or pathlib.Path("runs", _folder_name(task)))
+    failure = None
     try:
         task.check()
         plan = _plan(task, cluster.size())
         task.load()
-    except (ValueError, FileNotFoundError) as error:
-        _fail(error, cluster.rank())
+    except (ValueError, OSError) as error:
+        failure = error
+    # Elastic workers may not communicate yet.
+    _end_if_any_failed(failure, workers.OneProcess() if workers.is_elastic() else cluster)
 
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -67,6 +70,8 @@ def run(task):
         if cluster.rank() == 0:
             print("interrupted: the same command goes on from the last checkpoint", flush=True)
         raise SystemExit(130) from None
+    except OSError as error:
+        _end_if_any_failed(error, workers.OneProcess())
 
 
 class OneSession:
@@ -85,11 +90,12 @@ def _train(state, task, trainer, cluster, folder):
     try:
         plan = _plan(task, cluster.size())
     except ValueError as error:
-        _fail(error, rank)
+        _end_if_any_failed(error, cluster)
     trainer.divide(plan)
     if rank == 0:
         try:
             reporter = reporting.Reporter(folder, plan.epochs)
+            reporter.lock()
             checkpoints = Checkpoints(
                 folder / "checkpoints", FLAGS.keep_checkpoints, **trainer.objects()
             )
@@ -100,14 +106,11 @@ def _train(state, task, trainer, cluster, folder):
             reporter.start(FLAGS.flag_values_dict(), lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error
-    # Horovod: if worker 0 cannot begin, all end
-    if sum(cluster.sum_over_workers([failure is not None])):
-        _fail(failure, rank)
+    _end_if_any_failed(failure, cluster)
     # Horovod: all workers start from worker 0's state
     cluster.broadcast(trainer.state())
     state.record = cluster.broadcast_object(state.record)
-    if rank > 0:
-        trainer.epoch_sums.assign([0.0] * 3)
+    trainer.share_out(cluster)
     state.restored = True
 
     try:
@@ -183,7 +186,16 @@ def _parameters(model):
     return sum(math.prod(v.shape) for v in model.trainable_variables)
 
 
-def _fail(message, rank):
-    if rank == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def _end_if_any_failed(failure, cluster):
+    """Ends all workers, with what went wrong on any of them, unless all are well."""
+    # Horovod: if one worker cannot begin, all end
+    failures = cluster.allgather_object(failure and str(failure))
+    if not any(failures):
+        return
+    if cluster.rank() == 0:
+        for rank, failure in enumerate(failures):
+            # What is wrong everywhere is said once.
+            if failure and (rank == 0 or failure != failures[0]):
+                where = f"worker {rank}: " if rank else ""
+                print(f"error: {where}{failure}", file=sys.stderr, flush=True)
     raise SystemExit(2)
