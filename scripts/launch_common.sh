@@ -2,7 +2,7 @@
 
 # Reads [-n WORKERS] [-H HOST:SLOTS,...] [--dry_run] [OPTIONS] -- COMMAND into variables of these names.
 read_arguments() {
-  workers='' hosts='' dry_run='' options=()
+  workers='' hosts='' hosts_elsewhere='' dry_run='' options=()
   while [ $# -gt 0 ]; do
     case $1 in
       -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$self"; exit ;;
@@ -10,6 +10,8 @@ read_arguments() {
         if [ "$1" = -H ]; then hosts=$2; else workers=$2; fi
         shift 2 ;;
       --dry_run | --dry-run) dry_run=1; shift ;;
+      -n[0-9=]* | -np[0-9=]* | -H?*) fail "write $1 as two words, as in -n 2" ;;
+      -host* | --host*) hosts_elsewhere=1 options+=("$1"); shift ;;
       --) shift; break ;;
       *) options+=("$1"); shift ;;
     esac
@@ -20,7 +22,7 @@ read_arguments() {
     [[ $hosts =~ ^[^:,]+:[1-9][0-9]*(,[^:,]+:[1-9][0-9]*)*$ ]] || fail "-H must be HOST:SLOTS,... Received: $hosts"
     slots=$(($(tr , '\n' <<< "$hosts" | cut -d: -f2 | paste -sd+)))
   elif [ -z "$workers" ]; then
-    [[ ${options[*]-} != *-host* ]] || fail "-n is needed where an option tells the hosts"
+    [ -z "$hosts_elsewhere" ] || fail "-n is needed where an option tells the hosts"
     gpus=$(nvidia-smi -L 2> /dev/null | grep -c ^GPU || true)
     slots=$((gpus > 0 ? gpus : 2))
   fi

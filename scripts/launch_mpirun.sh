@@ -21,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/launch_common.sh
 read_arguments "$@"
 export PATH=$path:$PATH "${variables[@]}"
-[ -n "$hosts" ] || [[ ${options[*]-} == *-host* ]] || hosts=localhost:$workers
+[ -n "$hosts$hosts_elsewhere" ] || hosts=localhost:$workers
 mpirun=mpirun
 # By its whole path mpirun finds its parts on the other machines too.
 [ ! -x "$path/mpirun" ] || mpirun=$path/mpirun

@@ -1,4 +1,4 @@
-"""The pure functions of scripts/bench_scaling.py: cost of a ring, efficiency, traces, windows."""
+"""Pure functions of bench_scaling.py and scaling_model.py: rings, efficiency, traces, windows."""
 
 import argparse
 
@@ -6,46 +6,47 @@ import numpy as np
 import pytest
 
 from scripts import bench_scaling as bench
+from scripts import scaling_model as model
 
 OPTIONS = argparse.Namespace(images_per_second=400, micro_batch=32, hop_microseconds=20)
 
 
 def test_a_ring_of_one_worker_costs_nothing():
-    assert bench.ring_seconds(1, 1e8, 1e-3, 1e9) == 0
-    assert bench.predict(1, 1, 10, "float32", OPTIONS, fixed=1.0) == 1
+    assert model.ring_seconds(1, 1e8, 1e-3, 1e9) == 0
+    assert model.predict(1, 1, 10, "float32", OPTIONS, fixed=1.0) == 1
 
 
 def test_a_ring_by_hand():
     # 4 workers: 6 hops of 1 ms, and 6/4 of 8 MB at 1 GB/s.
-    assert bench.ring_seconds(4, 8e6, 1e-3, 1e9) == pytest.approx(6e-3 + 12e-3)
+    assert model.ring_seconds(4, 8e6, 1e-3, 1e9) == pytest.approx(6e-3 + 12e-3)
 
 
 @pytest.mark.parametrize("workers", [2, 3, 16])
 def test_the_fit_finds_latency_and_bandwidth(workers):
     sizes = np.array(bench.BYTES)
-    seconds = bench.ring_seconds(workers, sizes, 3e-4, 1.7e9)
-    assert bench.fit_ring(workers, sizes, seconds) == pytest.approx((3e-4, 1.7e9))
+    seconds = model.ring_seconds(workers, sizes, 3e-4, 1.7e9)
+    assert model.fit_ring(workers, sizes, seconds) == pytest.approx((3e-4, 1.7e9))
 
 
 def test_the_fit_finds_them_in_noise():
     sizes = np.tile(bench.BYTES, 50)
     noise = np.random.default_rng(0).normal(1, 0.05, len(sizes))
-    seconds = bench.ring_seconds(2, sizes, 3e-4, 1.7e9) * noise
-    assert bench.fit_ring(2, sizes, seconds) == pytest.approx((3e-4, 1.7e9), rel=0.02)
+    seconds = model.ring_seconds(2, sizes, 3e-4, 1.7e9) * noise
+    assert model.fit_ring(2, sizes, seconds) == pytest.approx((3e-4, 1.7e9), rel=0.02)
 
 
 def test_efficiency():
-    assert bench.efficiency(1, 0.1, 0.0) == 1
-    assert bench.efficiency(1, 0.1, 0.1) == pytest.approx(1 / 2)
-    assert bench.efficiency(4, 0.1, 0.1) == pytest.approx(4 / 5)
+    assert model.efficiency(1, 0.1, 0.0) == 1
+    assert model.efficiency(1, 0.1, 0.1) == pytest.approx(1 / 2)
+    assert model.efficiency(4, 0.1, 0.1) == pytest.approx(4 / 5)
 
 
 @pytest.mark.parametrize("gbits", [10, 25, 100])
-@pytest.mark.parametrize("gradients", bench.GRADIENTS)
+@pytest.mark.parametrize("gradients", model.GRADIENTS)
 def test_predicted_efficiency_rises_with_micro_steps_and_falls_with_workers(gbits, gradients):
     def values(workers, micro_steps):
         return [
-            bench.predict(w, k, gbits, gradients, OPTIONS, 1e-3)
+            model.predict(w, k, gbits, gradients, OPTIONS, 1e-3)
             for w in workers
             for k in micro_steps
         ]
@@ -55,13 +56,13 @@ def test_predicted_efficiency_rises_with_micro_steps_and_falls_with_workers(gbit
 
 
 def test_a_faster_network_and_smaller_gradients_raise_it():
-    slow, fast = (bench.predict(64, 1, gbits, "float32", OPTIONS, 0) for gbits in (10, 25))
-    half = bench.predict(64, 1, 10, "float16", OPTIONS, 0)
+    slow, fast = (model.predict(64, 1, gbits, "float32", OPTIONS, 0) for gbits in (10, 25))
+    half = model.predict(64, 1, 10, "float16", OPTIONS, 0)
     assert slow < half < fast < 1
 
 
 def test_micro_steps_of_the_large_batch():
-    assert [bench.needed_micro_steps(w, OPTIONS) for w in (64, 256, 1024)] == [48, 12, 3]
+    assert [model.needed_micro_steps(w, OPTIONS) for w in (64, 256, 1024)] == [48, 12, 3]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from distributed.launch import ROOT, TRAINER, records, run
 
+from scripts import kill_test
 from trainers import data, models, preemption
 from trainers.checkpoints import Checkpoints
 from trainers.optimizers import NAMES, make_optimizer
@@ -156,7 +157,9 @@ def test_checkpoints_are_whole_and_the_newest_whole_one_is_taken(tmp_path):
     assert not list(tmp_path.glob("partial-*"))
 
 
-@pytest.mark.parametrize("how", ["cut", "changed", "gone", "meta cut", "meta gone", "no list"])
+@pytest.mark.parametrize(
+    "how", ["cut", "changed", "gone", "meta cut", "meta gone", "meta changed", "no list"]
+)
 def test_a_damaged_checkpoint_is_passed_over(how, tmp_path):
     a = tf.Variable(np.arange(1000.0))
     saved = Checkpoints(tmp_path, keep=3, a=a)
@@ -174,15 +177,22 @@ def test_a_damaged_checkpoint_is_passed_over(how, tmp_path):
     elif how == "changed":
         content[500] ^= 1
         file.write_bytes(content)
+    elif how == "meta changed":
+        meta.write_text(meta.read_text().replace("update", "updaet"))
     else:
         meta.write_text("[]")
     warnings = []
     path, _ = saved.newest(warnings.append)
     assert path.name == "update-00000001-epoch-0000"
     assert len(warnings) == 1 and str(newest) in warnings[0] and "damaged" in warnings[0]
-    # Training comes to the same update again, and saves it again.
+    # Training comes to the same update again, and saves it again; or to one before a damaged one.
     saved.save(2, 0, {})
     assert saved.newest(print)[0] == newest
+    saved.save(9, 0, {})
+    next(saved.all()[-1].glob("state.data*")).unlink()
+    fewer = Checkpoints(tmp_path, keep=1, a=a)
+    fewer.save(6, 0, {})
+    assert [path.name for path in fewer.all()] == ["update-00000006-epoch-0000"]
     for path in saved.all():
         (path / "meta.json").unlink()
     with pytest.raises(ValueError, match=r"all checkpoints under .* are damaged"):
@@ -220,11 +230,16 @@ def test_a_wrong_flag_gets_one_clear_line(flags, message, tmp_path):
 def test_the_same_command_goes_on(tmp_path):
     """After SIGTERM, which saves; but not with other flags, and not beyond the end."""
     folder = tmp_path / "run"
-    command = [*TRAINER, "--global_batch_size=256", "--epochs=20", f"--output_dir={folder}"]
+    flags = ["--global_batch_size=256", "--epochs=20", "--deterministic", "--log_steps=1"]
+    command = [*TRAINER, *flags, f"--output_dir={folder}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("epoch 2/20"):
             break
+    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+    meanwhile = run(command)
+    process.send_signal(signal.SIGCONT)
+    assert meanwhile.returncode == 2 and "another run is using --output_dir" in meanwhile.stderr
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM, state saved" in process.communicate()[0]
     assert process.returncode == preemption.EXIT_STATUS
@@ -244,6 +259,9 @@ def test_the_same_command_goes_on(tmp_path):
     assert updates == sorted(set(updates))
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["updates"] == 100
+    # The same bits as without the interruption.
+    assert run([*TRAINER, *flags, f"--output_dir={tmp_path / 'undisturbed'}"]).returncode == 0
+    kill_test.compare(tmp_path / "undisturbed", folder)
     finished = run(command)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((folder / "summary.json").read_text())["top1"] == summary["top1"]

@@ -44,12 +44,16 @@ class Checkpoints:
         partial.mkdir(parents=True)
         self._checkpoint.write(str(partial / STATE))
         digests = {path.name: _digest(path) for path in partial.iterdir()}
-        (partial / META).write_text(json.dumps({**meta, "update": update, "files": digests}))
+        content = json.dumps({**meta, "update": update, "files": digests})
+        (partial / META).write_text(json.dumps({"digest": _text_digest(content), "meta": content}))
         for path in [*partial.iterdir(), partial]:
             _sync(path)
         partial.rename(target)
         _sync(self.folder)
-        for old in self.all()[: -self.keep]:
+        saved = self.all()
+        # Later ones are damaged, or of a course that was given up.
+        later = saved[saved.index(target) + 1 :]
+        for old in [*saved[: -self.keep - len(later)], *later]:
             shutil.rmtree(old)
 
     def newest(self, warn):
@@ -65,7 +69,7 @@ class Checkpoints:
         for path in reversed(saved):
             found = damage(path)
             if found is None:
-                return path, json.loads((path / META).read_text())
+                return path, _meta(path)
             warn(f"warning: checkpoint {path} is damaged and passed over: {found}")
         if saved:
             raise ValueError(
@@ -90,11 +94,23 @@ class Checkpoints:
 def damage(path):
     """What is wrong with the files of the checkpoint at `path`, or `None`."""
     try:
-        files = json.loads((path / META).read_text())["files"]
+        files = _meta(path)["files"]
         changed = [name for name, digest in files.items() if _digest(path / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(changed)} changed since it was written" if changed else None
+
+
+def _meta(path):
+    """What was saved as `meta`; a ValueError if it was changed since."""
+    written = json.loads((path / META).read_text())
+    if _text_digest(written["meta"]) != written["digest"]:
+        raise ValueError(f"{META} changed since it was written")
+    return json.loads(written["meta"])
+
+
+def _text_digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(path):

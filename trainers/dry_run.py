@@ -10,13 +10,13 @@ FLAGS = flags.FLAGS
 SLOTS = {"nlcg": 3, "momentum": 1, "nesterov": 1, "rmsprop": 2, "sgd": 0, "adam": 2, "lars": 1}
 
 
-def summary(task, model, plan):
+def summary(task, model, plan, done=0):
     """Two lines: the model with its data, and how a batch is divided."""
     return [
         f"{task.name}: {parameters(model):,} parameters, {task.examples:,} training images",
         f"{FLAGS.optimizer}: batch {plan.global_batch_size:,} = {plan.workers} worker(s) x "
         f"{plan.micro_steps} micro-step(s) x {plan.per_worker_batch_size:,}; "
-        f"{plan.updates:,} updates in {plan.epochs} epochs",
+        f"{plan.updates:,} updates in {plan.epochs} epochs, {done} done",
     ]
 
 

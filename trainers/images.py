@@ -222,6 +222,10 @@ class Batches:
                 candidate = self._replace(row, attempt)
 
 
+class DamagedImageError(ValueError):
+    """A file is damaged, and no more may be skipped."""
+
+
 class Damage:
     """Counts damaged files; each warns once.
 
@@ -238,14 +242,14 @@ class Damage:
         """Notes a damaged file.
 
         Raises:
-            ValueError: if it is one more than the limit.
+            DamagedImageError: if it is one more than the limit.
         """
         self.met += 1
         if name in self.names:
             return
         reason = re.sub(r"\{\{[^}]*\}\}\s*", "", error.message).strip().partition("\n")[0]
         if len(self.names) >= self.limit:
-            raise ValueError(
+            raise DamagedImageError(
                 f"damaged image {name}: {reason}. Replace it, or skip up to N such files on each "
                 f"worker with --max_corrupt_examples=N (now {self.limit})"
             ) from error

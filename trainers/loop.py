@@ -1,5 +1,6 @@
 """The training loop: virtual batches, evaluation, checkpoints; no data set, no model."""
 
+import contextlib
 import pathlib
 import time
 
@@ -123,12 +124,21 @@ class Trainer:
         """The variables of `objects()`."""
         return [*self.variables(), self.updates, self.epoch_sums]
 
-    def gather(self, workers):
-        """Makes the state of worker 0 that of all, before it is saved."""
+    @contextlib.contextmanager
+    def gathered(self, workers):
+        """Context in which each worker holds the state of all, to be saved."""
         # Horovod: each worker's batch norm saw its own part of each batch
         workers.average_moving_statistics(self.model)
-        sums = workers.sum_over_workers(self.epoch_sums.numpy().tolist())
-        self.epoch_sums.assign(sums if workers.rank() == 0 else [0.0] * 3)
+        self.epoch_sums.assign(workers.sum_over_workers(self.epoch_sums.numpy().tolist()))
+        try:
+            yield
+        finally:
+            self.share_out(workers)
+
+    def share_out(self, workers):
+        """Leaves to worker 0 the sums over the epoch, which all hold."""
+        if workers.rank() > 0:
+            self.epoch_sums.assign([0.0] * 3)
 
     def learning_rate(self):
         return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
@@ -183,21 +193,31 @@ def train(
 
     Raises:
         preemption.Preempted: on all workers, with the state saved, if one was told to stop.
+        OSError: on all workers, if worker 0 cannot write.
     """
     plan, began = trainer.plan, time.perf_counter()
     done = started_from = int(trainer.updates.numpy())
     stopped = tf.constant(0.0)
 
     def save():
-        trainer.gather(workers)
-        if checkpoints is not None:
-            checkpoints.save(done, epoch, {"identity": identity, "record": state.record})
+        failure = None
+        with trainer.gathered(workers):
+            try:
+                if checkpoints is not None:
+                    checkpoints.save(done, epoch, {"identity": identity, "record": state.record})
+            except (OSError, tf.errors.OpError) as error:
+                failure = error
+        # Horovod: nobody goes on, or leaves, before worker 0 has saved
+        if sum(workers.sum_over_workers([failure is not None])):
+            raise OSError(f"cannot write a checkpoint: {failure}")
+
+    def commit():
+        with trainer.gathered(workers):
+            state.commit()
 
     def stop_if_told():
         if float(stopped):
             save()
-            # Horovod: nobody leaves before worker 0 has saved
-            workers.sum_over_workers([0])
             raise preemption.Preempted
 
     for epoch in range(state.record.get("epoch", 0), plan.epochs):
@@ -206,12 +226,11 @@ def train(
         epoch_began = time.perf_counter()
         batches = iter(training_batches(epoch, first))
         for _ in range(first, plan.updates_per_epoch):
-            for micro_step in range(plan.micro_steps):
+            # Before the next micro-step, which changes batch norm's statistics.
+            stop_if_told()
+            for _ in range(plan.micro_steps):
                 trainer.micro_step(*next(batches))
                 watch.tick()
-                if micro_step == 0:
-                    # Of the update before: so the host does not wait for this one.
-                    stop_if_told()
             done += 1
             logged = done % log_steps == 0 or done == 1
             # Reading a value makes the host wait for the device: only where it is shown.
@@ -226,12 +245,11 @@ def train(
                 if checkpoint_steps and done % checkpoint_steps == 0:
                     save()
                 if commit_steps and done % commit_steps == 0:
-                    trainer.gather(workers)
-                    state.commit()
+                    commit()
         stop_if_told()
         seconds = time.perf_counter() - epoch_began
         speed = (plan.updates_per_epoch - first) * plan.global_batch_size / seconds
-        trainer.gather(workers)
+        workers.average_moving_statistics(trainer.model)
         workers.check_identical(trainer.variables())
         record = {"epoch": epoch + 1, "update": done, "images_per_second": speed}
         record.update(_evaluate(trainer, test_batches, workers))
@@ -241,7 +259,7 @@ def train(
         epoch += 1
         save()
         if commit_steps:
-            state.commit()
+            commit()
     return {
         "updates": done,
         "seconds": time.perf_counter() - began,

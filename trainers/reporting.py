@@ -1,5 +1,6 @@
 """What a run tells: the run folder, the terminal, TensorBoard and a picture of the curves."""
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -57,14 +58,26 @@ class Reporter(Silent):
         self.epochs = epochs
         self.terminal = sys.stdout.isatty()
         self.records = []
-        self._metrics = self._board = None
+        self._metrics = self._board = self._lock = None
 
     def say(self, line):
         print(line, flush=True)
 
+    def lock(self):
+        """Takes the run folder for this process, until it ends or `close` is called.
+
+        Raises:
+            OSError: if the folder cannot be made, or another process has it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another run is using --output_dir={self.folder}") from None
+
     def start(self, flags, lines, updates, epochs):
         """Begins, or goes on after so many updates and whole epochs."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             # A resumed run writes again what came after its checkpoint; a killed one may have left
@@ -109,7 +122,7 @@ class Reporter(Silent):
         )
 
     def close(self):
-        for file in (self._metrics, self._board):
+        for file in (self._metrics, self._board, self._lock):
             if file is not None:
                 file.close()
 

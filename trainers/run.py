@@ -9,6 +9,7 @@ from absl import flags, logging
 
 from trainers import dry_run, loop, preemption, reporting, settings, workers
 from trainers.checkpoints import Checkpoints
+from trainers.images import DamagedImageError
 from trainers.optimizers import make_optimizer
 from trainers.plan import divide, make_plan
 
@@ -37,6 +38,7 @@ def run(task):
         preemption.watch()
     cluster = workers.connect()
     folder = pathlib.Path(FLAGS.output_dir or pathlib.Path("runs", _folder_name(task)))
+    failure = None
     try:
         if FLAGS.workers and not FLAGS.dry_run:
             raise ValueError("--workers is for --dry_run: a launcher decides how many there are")
@@ -44,8 +46,10 @@ def run(task):
         plan = _plan(task, FLAGS.workers or cluster.size())
         if not FLAGS.dry_run:
             task.load()
-    except (ValueError, FileNotFoundError) as error:
-        _fail(error, cluster.rank())
+    except (ValueError, OSError) as error:
+        failure = error
+    # Elastic workers may not communicate yet.
+    _end_if_any_failed(failure, workers.OneProcess() if workers.is_elastic() else cluster)
 
     keras.config.set_dtype_policy(FLAGS.dtype_policy)
     if FLAGS.dry_run:
@@ -79,6 +83,8 @@ def run(task):
         if cluster.rank() == 0:
             print("interrupted: the same command goes on from the last checkpoint", flush=True)
         raise SystemExit(130) from None
+    except (OSError, DamagedImageError) as error:
+        _end_if_any_failed(f"worker {cluster.rank()}: {error}", workers.OneProcess())
 
 
 class OneSession:
@@ -97,30 +103,28 @@ def _train(state, task, trainer, cluster, folder):
     try:
         plan = _plan(task, cluster.size())
     except ValueError as error:
-        _fail(error, rank)
+        _end_if_any_failed(error, cluster)
     trainer.divide(plan)
     if rank == 0:
         try:
             reporter = reporting.Reporter(folder, plan.epochs)
+            reporter.lock()
             checkpoints = Checkpoints(
                 folder / "checkpoints", FLAGS.keep_checkpoints, **trainer.objects()
             )
             if not state.restored:
                 _restore(checkpoints, identity, state, reporter.say)
             done = int(trainer.updates.numpy())
-            lines = [*dry_run.summary(task, trainer.model, plan), f"{done:,} updates done"]
+            lines = dry_run.summary(task, trainer.model, plan, done)
             flags = {"trainer": task.trainer, **FLAGS.flag_values_dict()}
             reporter.start(flags, lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error
-    # Horovod: if worker 0 cannot begin, all end
-    if sum(cluster.sum_over_workers([failure is not None])):
-        _fail(failure, rank)
+    _end_if_any_failed(failure, cluster)
     # Horovod: all workers start from worker 0's state
     cluster.broadcast(trainer.state())
     state.record = cluster.broadcast_object(state.record)
-    if rank > 0:
-        trainer.epoch_sums.assign([0.0] * 3)
+    trainer.share_out(cluster)
     state.restored = True
 
     try:
@@ -183,7 +187,16 @@ def _restore(checkpoints, identity, state, say):
     say(f"resuming from {path}")
 
 
-def _fail(message, rank):
-    if rank == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+def _end_if_any_failed(failure, cluster):
+    """Ends all workers, with what went wrong on any of them, unless all are well."""
+    # Horovod: if one worker cannot begin, all end
+    failures = cluster.allgather_object(failure and str(failure))
+    if not any(failures):
+        return
+    if cluster.rank() == 0:
+        for rank, failure in enumerate(failures):
+            # What is wrong everywhere is said once.
+            if failure and (rank == 0 or failure != failures[0]):
+                where = f"worker {rank}: " if rank else ""
+                print(f"error: {where}{failure}", file=sys.stderr, flush=True)
     raise SystemExit(2)

@@ -27,6 +27,9 @@ class OneProcess:
     def broadcast_object(self, value):
         return value
 
+    def allgather_object(self, value):
+        return [value]
+
     def sum_over_workers(self, values):
         return [float(value) for value in values]
 

@@ -13,6 +13,7 @@ if keras.backend.backend() != "tensorflow":
     )
 try:
     from horovod.tensorflow import (
+        allgather_object,
         broadcast_object,
         init,
         local_rank,
@@ -52,6 +53,7 @@ __all__ = [
     "ElasticState",
     "SumMetrics",
     "Watch",
+    "allgather_object",
     "average_moving_statistics",
     "broadcast",
     "broadcast_object",

@@ -72,7 +72,7 @@ def sum_metrics(model):
     a sum, as that of Keras' own metrics is. Call it after `model.evaluate`, on all workers.
 
     Returns:
-        dict of floats, as `model.evaluate(..., return_dict=True)` returns it.
+        dict of floats, or of arrays for metrics of several values.
     """
     variables = [v for metric in model.metrics for v in metric.variables]
     own = [v.numpy() for v in variables]
@@ -81,7 +81,9 @@ def sum_metrics(model):
     sums = np.array(sum_over_workers(np.concatenate([x.ravel() for x in own])))
     for variable, x in zip(variables, np.split(sums, np.cumsum([x.size for x in own])[:-1])):
         variable.assign(x.reshape(variable.shape))
-    results = keras.tree.map_structure(float, model.get_metrics_result())
+    results = keras.tree.map_structure(
+        lambda x: np.asarray(x) if np.ndim(x) else float(x), model.get_metrics_result()
+    )
     for variable, x in zip(variables, own):
         variable.assign(x)
     return results

@@ -29,8 +29,8 @@ class Watch:
     UDP. Where the count of worker 0 stands still, it names the workers that are behind it (busy, or
     in another place of the program) or silent (the process or machine has stopped). Worker 1 does
     the same for worker 0. They do so too when communication fails, which Gloo lets happen after 30
-    seconds of silence. (Under Gloo the stall check of Horovod 0.28 itself reports nothing: its list of
-    the ranks stays empty.)
+    seconds of silence. (Under Gloo the stall check of Horovod 0.28 itself reports nothing: its
+    list of the ranks stays empty.)
 
     All workers must enter it together.
 
@@ -116,7 +116,7 @@ class Watch:
             if now - when > 2.5 * self.beat:
                 found.append(f"{name} is silent for {now - when:.0f} s")
             elif ticks < self.ticks:
-                found.append(f"{name} is {self.ticks - ticks} step(s) behind")
+                found.append(f"{name} is {self.ticks - ticks} step(s) behind or has ended")
         return ", ".join(found)
 
 

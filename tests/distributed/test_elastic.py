@@ -77,6 +77,9 @@ def test_the_first_worker_is_lost(tmp_path):
     epochs = records(job.run, "epoch")
     assert [record["epoch"] for record in epochs] == list(range(1, 21))
     assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
+    for epoch in epochs:
+        losses = [step["loss"] for step in records(job.run, "step")][5 * epoch["epoch"] - 5 :][:5]
+        assert abs(epoch["loss"] - sum(losses) / 5) < 1e-5
     summary = json.loads((job.run / "summary.json").read_text())
     assert (summary["workers"], summary["micro_steps"]) == (1, 4)
 

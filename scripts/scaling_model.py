@@ -1,0 +1,123 @@
+"""A model of how ResNet-50 scales over workers: ring all-reduce after each virtual batch."""
+
+import numpy as np
+
+RESNET50_PARAMETERS = 25_600_000
+PREDICTED_WORKERS = (64, 256, 1024)
+LARGE_BATCH = 98_304  # the largest of the paper (arXiv:1812.02886)
+GRADIENTS = {"float32": 4, "float16": 2}  # bytes a number on the wire
+ASSUMPTIONS = """\
+  a worker computes {images_per_second:g} images/s (--images-per-second; 412 is NVIDIA's figure for
+    ResNet-50 v1.5 in float32 on one V100, DeepLearningExamples), in micro-steps of {micro_batch}
+    images (--micro-batch), {milliseconds:.0f} ms each; the update itself takes no time
+  an update all-reduces 25.6 M gradients after its last micro-step, without overlap with the
+    backward pass; without virtual batches each micro-step does (k = 1)
+  one ring over all W workers: 2 (W - 1) hops of {hop_microseconds:g} us (--hop-microseconds: the
+    latency fitted here is not a network's), and 2 (W - 1) / W of the gradients through each
+    worker's own link at its full rate
+  each all-reduce also costs Horovod's {fixed:.2f} ms, the fitted fixed cost here; that its
+    negotiation grows with W, slow workers and other traffic are not in the model"""
+
+
+def ring_seconds(workers, size, latency, bandwidth):
+    """Time of a ring all-reduce of `size` bytes, 2 (W - 1) alpha + 2 (W - 1) / W n / B.
+
+    Args:
+        latency: alpha, seconds a hop.
+        bandwidth: B, bytes a second.
+    """
+    return 2 * (workers - 1) * latency + 2 * (workers - 1) / workers * size / bandwidth
+
+
+def fit_ring(workers, sizes, seconds):
+    """Fits `ring_seconds`: `(latency, bandwidth)` with the least squared relative errors."""
+    sizes, seconds = np.asarray(sizes, float), np.asarray(seconds, float)
+    units = [ring_seconds(workers, 0, 1, np.inf), ring_seconds(workers, sizes, 0, 1)]
+    columns = np.stack([unit / seconds for unit in units], axis=1)
+    (latency, inverse), *_ = np.linalg.lstsq(columns, np.ones_like(sizes), rcond=None)
+    return float(latency), float(1 / inverse)
+
+
+def efficiency(micro_steps, compute, communication):
+    """k t_compute / (k t_compute + t_allreduce), of the seconds of a micro-step and an update."""
+    return micro_steps * compute / (micro_steps * compute + communication)
+
+
+def needed_micro_steps(workers, options):
+    """Micro-steps of an update of `LARGE_BATCH` images; a trainer needs a whole number."""
+    return LARGE_BATCH / (workers * options.micro_batch)
+
+
+def predict(workers, micro_steps, gbits, gradients, options, fixed):
+    """Efficiency of ResNet-50 under `ASSUMPTIONS`; `gbits` in Gbit/s, `fixed` in seconds."""
+    size = RESNET50_PARAMETERS * GRADIENTS[gradients]
+    seconds = ring_seconds(workers, size, 1e-6 * options.hop_microseconds, gbits * 1e9 / 8)
+    if workers > 1:
+        seconds += fixed
+    return efficiency(micro_steps, options.micro_batch / options.images_per_second, seconds)
+
+
+def show_predictions(options, fixed):
+    assumed = {
+        "images_per_second": options.images_per_second,
+        "micro_batch": options.micro_batch,
+        "milliseconds": 1e3 * options.micro_batch / options.images_per_second,
+        "hop_microseconds": options.hop_microseconds,
+        "fixed": 1e3 * fixed,
+    }
+    print(f"predicted efficiency of ResNet-50; assumed:\n{ASSUMPTIONS.format(**assumed)}")
+    columns = [(w, k) for w in PREDICTED_WORKERS for k in (1, 4, needed_micro_steps(w, options))]
+    print(f"  {'workers W':<20}" + "".join(f"{w:>7,}" for w, _ in columns))
+    print(f"  {'micro-steps k':<20}" + "".join(f"{k:>7.3g}" for _, k in columns))
+    rows = []
+    for gbits, gradients in ((g, name) for g in options.gbits for name in GRADIENTS):
+        values = [predict(w, k, gbits, gradients, options, fixed) for w, k in columns]
+        print(f"  {gbits:>3g} Gbit/s, {gradients:<7}" + "".join(f"{v:>7.0%}" for v in values))
+        row = {"gbits": gbits, "gradients": gradients}
+        rows += [
+            {**row, "workers": w, "k": k, "efficiency": v} for (w, k), v in zip(columns, values)
+        ]
+    print(
+        f"  the last k of each W makes a batch of {LARGE_BATCH:,}; without virtual batches: k = 1"
+    )
+    return {"assumed": assumed, "efficiency": rows}
+
+
+def plot_predictions(path, options, fixed):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    workers = 2 ** np.arange(1, 12)
+    panels = {
+        "4 micro-steps an update": [4 for _ in workers],
+        f"batch of {LARGE_BATCH:,}": [needed_micro_steps(w, options) for w in workers],
+    }
+    # Okabe and Ito's colours, for colour-blind readers; the markers tell them apart in grey.
+    styles = (("#D55E00", "o"), ("#0072B2", "s"), ("black", "^"), ("#009E73", "D"))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for panel, (title, micro_steps) in zip(axes, panels.items()):
+        for gbits, (colour, marker) in zip(options.gbits, styles):
+            for ks, line in ((micro_steps, "-"), ([1 for _ in workers], "--")):
+                values = [predict(*x, gbits, "float32", options, fixed) for x in zip(workers, ks)]
+                label = f"{gbits:g} Gbit/s" if line == "-" else None
+                style = {"color": colour, "marker": marker, "markersize": 4, "label": label}
+                panel.plot(workers, 100 * np.array(values), line, **style)
+        panel.set_xscale("log", base=2)
+        panel.set(title=title, xlabel="workers", ylim=(0, 103), xticks=workers[::2])
+        panel.set_xticklabels([f"{w:,}" for w in workers[::2]])
+        panel.grid(alpha=0.3)
+    axes[0].plot([], [], "-", color="grey", label="with virtual batches")
+    axes[0].plot([], [], "--", color="grey", label="without: k = 1")
+    axes[0].set_ylabel("predicted efficiency (%)")
+    axes[0].legend(fontsize=8, loc="lower center", ncols=2)
+    assumed = (
+        f"ResNet-50, float32 gradients; assumed: {options.images_per_second:g} images/s a worker, "
+        f"micro-steps of {options.micro_batch} images, {options.hop_microseconds:g} µs a hop"
+    )
+    figure.suptitle(assumed, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"drawn in {path}")
