@@ -209,7 +209,7 @@ def train(
                 failure = error
         # Horovod: nobody goes on, or leaves, before worker 0 has saved
         if sum(workers.sum_over_workers([failure is not None])):
-            raise OSError(f"cannot write a checkpoint: {failure}")
+            raise OSError(f"cannot write a checkpoint: {failure or 'see worker 0'}")
 
     def commit():
         with trainer.gathered(workers):
