@@ -70,6 +70,10 @@ def connect():
         return OneProcess()
     from nlcg_tf import horovod
 
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        # Each millisecond Horovod's own thread would take time from the cores that compute.
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
     # Horovod: initialise, and pin one GPU to each process of a machine
     horovod.init()
     if horovod.size() != launched and not is_elastic():
@@ -78,7 +82,6 @@ def connect():
             "Under mpirun or srun Horovod must be built with MPI (see README, Several machines); "
             "horovodrun --gloo works without."
         )
-    gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         tf.config.set_visible_devices(gpus[horovod.local_rank() % len(gpus)], "GPU")
     # Workers that share the cores of a machine would slow each other down.
