@@ -62,6 +62,6 @@ setup(
             "tensorboard>=2.20",
             "tensorflow-datasets>=4.9.10",
         ],
-        "test": ["jax", "pytest", "ruff", "scipy"],
+        "test": ["jax", "pillow", "psutil", "pytest", "ruff", "scipy"],
     },
 )

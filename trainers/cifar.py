@@ -1,10 +1,10 @@
 """Trains a CIFAR ResNet: `python -m trainers.cifar --flagfile=configs/digits.cfg`."""
 
-from absl import app, flags
+from absl import flags
 
 import nlcg_tf
 from trainers import data, models, settings  # noqa: F401 (settings defines the shared flags)
-from trainers.run import run
+from trainers.run import main
 
 FLAGS = flags.FLAGS
 
@@ -64,12 +64,5 @@ class Cifar:
 
 TASK = Cifar
 
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    run(TASK())
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(TASK)

@@ -2,11 +2,11 @@
 
 import functools
 
-from absl import app, flags
+from absl import flags
 
 import nlcg_tf
 from trainers import imagenet_data, resnet50, settings  # noqa: F401 (settings defines the shared flags)
-from trainers.run import run
+from trainers.run import main
 
 FLAGS = flags.FLAGS
 
@@ -92,12 +92,5 @@ class ImageNet:
 
 TASK = ImageNet
 
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    run(TASK())
-
-
 if __name__ == "__main__":
-    app.run(main)
+    main(TASK)

@@ -5,7 +5,7 @@ import sys
 
 import keras
 import tensorflow as tf
-from absl import flags, logging
+from absl import app, flags, logging
 
 from trainers import dry_run, loop, preemption, reporting, settings, workers
 from trainers.checkpoints import Checkpoints
@@ -14,6 +14,17 @@ from trainers.optimizers import make_optimizer
 from trainers.plan import divide, make_plan
 
 FLAGS = flags.FLAGS
+
+
+def main(make_task):
+    """The program of a trainer; `make_task` makes its task once the flags are read."""
+
+    def start(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        run(make_task())
+
+    app.run(start)
 
 
 def run(task):
@@ -116,8 +127,8 @@ def _train(state, task, trainer, cluster, folder):
                 _restore(checkpoints, identity, state, reporter.say)
             done = int(trainer.updates.numpy())
             lines = dry_run.summary(task, trainer.model, plan, done)
-            flags = {"trainer": task.trainer, **FLAGS.flag_values_dict()}
-            reporter.start(flags, lines, done, state.record.get("epoch", 0))
+            described = {"trainer": task.trainer, **FLAGS.flag_values_dict()}
+            reporter.start(described, lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error
     _end_if_any_failed(failure, cluster)

@@ -73,10 +73,9 @@ def test_killed_runs_end_as_if_they_had_been_left_alone(tmp_path):
     assert "2 worker(s): 3 kills" in result.stdout and "bit for bit" in result.stdout
 
 
+@needs_horovod
 def test_workers_that_do_not_see_each_other_are_refused(tmp_path):
     """A launcher whose processes Horovod cannot connect would train them apart."""
-    if importlib.util.find_spec("horovod") is None:
-        pytest.skip("Horovod is not installed")
     result = run([*TRAINER, f"--output_dir={tmp_path}"], PMI_SIZE="2")
     assert result.returncode != 0
     assert "2 processes were launched, but Horovod connects 1" in result.stderr
