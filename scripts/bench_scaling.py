@@ -15,6 +15,7 @@ model: all-reduces of 4 bytes to 64 MiB between two workers here, fitted with th
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -32,7 +33,6 @@ from scripts.benchmarks import machine, ratio, show_ratio, write_json
 from scripts.scaling_model import fit_ring, plot_predictions, ring_seconds, show_predictions
 
 WORKERS = 2
-MICRO_STEPS = (1, 4)
 BYTES = [4 << shift for shift in (0, 10, 14, 16, 18, 20, 22, 24)]
 
 
@@ -261,6 +261,8 @@ class Team:
 
 
 def horovod_team(options, **environment):
+    # Longer than the others' turns, in which it stands still.
+    environment["HOROVOD_GLOO_TIMEOUT_SECONDS"] = "600"
     horovodrun = pathlib.Path(sys.executable).with_name("horovodrun")
     return Team(options, [str(horovodrun), "--gloo", "-np", str(WORKERS)], **environment)
 
@@ -268,7 +270,7 @@ def horovod_team(options, **environment):
 def measure_throughput(options):
     with Team(options) as independent, horovod_team(options) as joint:
         teams = {"alone": (independent, 1), "independent": (independent, 2), "joint": (joint, 2)}
-        counts, rates = {}, {(k, name): [] for k in MICRO_STEPS for name in teams}
+        counts, rates = {}, {(k, name): [] for k in options.micro_steps for name in teams}
         for k, name in rates:
             team, members = teams[name]
             team.ask("updates", k, 2, members=members)  # compiles
@@ -276,13 +278,13 @@ def measure_throughput(options):
             counts[k, name] = max(5, 2 + int(options.seconds * pace))
         for round_ in range(options.rounds):
             names = list(teams)[round_ % 3 :] + list(teams)[: round_ % 3]
-            for k, name in ((k, name) for k in MICRO_STEPS for name in names):
+            for k, name in itertools.product(options.micro_steps, names):
                 team, members = teams[name]
                 rate = sum(team.rates(k, counts[k, name], members))
                 rates[k, name].append(k * options.batch * rate)
     result = {}
     print(f"throughput, ResNet-{options.depth}, micro-steps of {options.batch} images")
-    for k in MICRO_STEPS:
+    for k in options.micro_steps:
         values = {name: np.array(rates[k, name]) for name in teams}
         result[k] = {"images_per_second": {name: v.tolist() for name, v in values.items()}}
         print(f" k = {k}, {options.rounds} rounds of {options.seconds:g} s")
@@ -300,7 +302,7 @@ def measure_timeline(options):
     print("share of worker 0's time, from Horovod's timeline")
     with horovod_team(options, HOROVOD_TIMELINE="DYNAMIC") as team:
         team.ask("calm_timeline")
-        for k in MICRO_STEPS:
+        for k in options.micro_steps:
             file = pathlib.Path(team.folder.name, f"{k}.json")
             team.ask("updates", k, 5)
             team.ask("trace", k, 1 + max(10, 60 // k), str(file))
@@ -334,6 +336,7 @@ def parsed_options():
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--depth", type=int, default=8, help="of the CIFAR ResNet")
     parser.add_argument("--batch", type=int, default=32, help="images of its micro-step")
+    parser.add_argument("--micro-steps", type=int, nargs="+", default=[1, 4], help="an update")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=3.0, help="of one timed window")
     parser.add_argument("--repeats", type=int, default=30, help="of each all-reduce")
