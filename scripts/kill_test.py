@@ -1,8 +1,9 @@
 """Kills a training again and again and compares it, bit for bit, with one that was left alone.
 
     python -m scripts.kill_test --kills=25 --workers 1 2
+    python -m scripts.kill_test --kills=5 --workers 2 -- trainers.imagenet --dataset=folder ...
 
-Each round starts the same command of the CIFAR trainer, on handwritten digits and with
+Each round starts the same command (ResNet-8 on handwritten digits, or what follows `--`), with
 `--deterministic`, and kills it by SIGKILL: at a random moment, or while a checkpoint is being
 written; with two workers either everything or one of them. At last the command may finish. Its
 final checkpoint must hold the same bits, and its log the same figures, as those of a run that was
@@ -24,14 +25,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import psutil
 
-FLAGS = ["--depth=8", "--global_batch_size=256", "--per_worker_batch_size=64", "--log_steps=1"]
-FLAGS += ["--checkpoint_steps=2", "--keep_checkpoints=3"]
+TRAINING = ["trainers.cifar", "--depth=8", "--global_batch_size=256", "--per_worker_batch_size=64"]
+TRAINING += ["--checkpoint_steps=2"]
 # What may differ between two runs of the same training.
 TIMES = ("images_per_second",)
 
 
-def start(folder, workers, epochs, deterministic=True):
-    command = [sys.executable, "-m", "trainers.cifar", *FLAGS, f"--epochs={epochs}"]
+def start(folder, workers, options, deterministic=True):
+    command = [sys.executable, "-m", *options.training, f"--epochs={options.epochs}"]
+    command += ["--log_steps=1", "--keep_checkpoints=3"]
     command += [f"--output_dir={folder}", f"--deterministic={deterministic}"]
     if workers > 1:
         launcher = pathlib.Path(sys.executable).with_name("horovodrun")
@@ -40,8 +42,8 @@ def start(folder, workers, epochs, deterministic=True):
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(folder, workers, epochs, **arguments):
-    process = start(folder, workers, epochs, **arguments)
+def finish(folder, workers, options, **arguments):
+    process = start(folder, workers, options, **arguments)
     if process.wait():
         sys.exit(f"error: the run failed, see {folder}.log")
 
@@ -65,7 +67,7 @@ def kill(process, generator):
 def _is_worker(process):
     try:
         command = process.cmdline()
-        return "trainers.cifar" in command and "python" in command[0]
+        return "python" in command[0] and any(word.startswith("trainers.") for word in command)
     except psutil.Error:
         return False
 
@@ -151,12 +153,12 @@ def speed(folder):
     return np.median([record["images_per_second"] for record in epochs[1:]])
 
 
-def test(folder, workers, kills, epochs, generator):
+def test(folder, workers, options, generator):
     undisturbed, killed = folder / f"undisturbed-{workers}", folder / f"killed-{workers}"
-    finish(undisturbed, workers, epochs)
+    finish(undisturbed, workers, options)
     done = in_saves = 0
-    while done < kills:
-        process = start(killed, workers, epochs)
+    while done < options.kills:
+        process = start(killed, workers, options)
         saving = generator.random() < 0.5
         if not (wait_in_save if saving else wait_in_training)(process, killed, generator):
             if (killed / "summary.json").exists():
@@ -165,8 +167,8 @@ def test(folder, workers, kills, epochs, generator):
         kill(process, generator)
         done += 1
         in_saves += saving
-        print(f"  {workers} worker(s), kill {done}/{kills}", flush=True)
-    finish(killed, workers, epochs)
+        print(f"  {workers} worker(s), kill {done}/{options.kills}", flush=True)
+    finish(killed, workers, options)
     arrays, figures = compare(undisturbed, killed)
     print(
         f"{workers} worker(s): {done} kills, {in_saves} of them inside a save: {arrays} arrays of "
@@ -183,16 +185,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cost", action="store_true", help="what --deterministic costs")
     parser.add_argument("--folder", help="where to keep the runs; a temporary one by default")
-    arguments = parser.parse_args()
-    folder = pathlib.Path(arguments.folder or tempfile.mkdtemp())
+    parser.add_argument("training", nargs="*", default=TRAINING, help="a trainer and its flags")
+    options = parser.parse_args()
+    folder = pathlib.Path(options.folder or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(arguments.seed)
-    for workers in arguments.workers:
-        undisturbed = test(folder, workers, arguments.kills, arguments.epochs, generator)
-        if not arguments.cost:
+    generator = random.Random(options.seed)
+    for workers in options.workers:
+        undisturbed = test(folder, workers, options, generator)
+        if not options.cost:
             continue
         usual = folder / f"usual-{workers}"
-        finish(usual, workers, arguments.epochs, deterministic=False)
+        finish(usual, workers, options, deterministic=False)
         share = speed(undisturbed) / speed(usual)
         print(f"{workers} worker(s): --deterministic trains at {share:.2f} of the usual speed")
 
