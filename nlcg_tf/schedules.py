@@ -9,18 +9,19 @@ START = 0.001
 class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """A ramp from 0.001 to the peak rate, then `_after`; `epochs` fixes the length of both."""
 
-    def __init__(self, batch_size, epochs, steps_per_epoch):
+    def __init__(self, batch_size, epochs, steps_per_epoch, factor=1.0):
         super().__init__()
         arguments = {
             "batch_size": batch_size,
             "epochs": epochs,
             "steps_per_epoch": steps_per_epoch,
+            "factor": factor,
         }
         for name, value in arguments.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
         self._config = arguments
-        self.peak = 0.1 * batch_size / self.reference_batch_size
+        self.peak = factor * 0.1 * batch_size / self.reference_batch_size
         self.warmup_epochs = self._warmup_epochs(batch_size) * min(
             1.0, epochs / self.reference_epochs
         )
@@ -47,6 +48,7 @@ class CifarSchedule(_WarmUp):
         batch_size: int, the global batch of one update.
         epochs: number, length of the whole run.
         steps_per_epoch: number, updates in an epoch.
+        factor: number, of the peak rate, for a search over it.
 
     Raises:
         ValueError: for an argument that is not a positive number.
@@ -84,6 +86,7 @@ class ImageNetSchedule(_WarmUp):
         batch_size: int, the global batch of one update.
         epochs: number, length of the whole run.
         steps_per_epoch: number, updates in an epoch.
+        factor: number, of the peak rate, for a search over it.
 
     Raises:
         ValueError: for an argument that is not a positive number.

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from distributed.launch import ROOT, run
+from distributed.launch import ROOT, records, run
 
 from scripts import make_configs
 from trainers.resnet50 import resnet50
@@ -51,8 +52,9 @@ def test_bad_arguments_of_resnet50():
 
 
 def test_the_flagfiles_are_those_of_the_generator():
-    written = {p.name: p.read_text() for p in pathlib.Path(ROOT, "configs/imagenet").iterdir()}
-    assert written == make_configs.configs() and len(written) == 52
+    configs = pathlib.Path(ROOT, "configs")
+    written = {str(p.relative_to(configs)): p.read_text() for p in configs.glob("*/*.cfg")}
+    assert written == make_configs.configs() and len(written) == 52 + 55
 
 
 def test_every_flagfile_passes_a_dry_run():
@@ -130,15 +132,18 @@ def test_photos_are_trained_on_evaluated_and_exported(tmp_path):
                 (target / photo.name).symlink_to(photo)
     flags = ["--dataset=folder", f"--data_dir={tmp_path / 'data'}", "--image_size=32"]
     flags += ["--model=v2", "--global_batch_size=24", "--per_worker_batch_size=12", "--epochs=2"]
-    flags += ["--label_smoothing=0.1"]
+    flags += ["--label_smoothing=0.1", "--evaluation_epochs=2"]
     folder = tmp_path / "run"
     result = run([*TRAINER, *flags, f"--output_dir={folder}"])
     assert result.returncode == 0, result.stderr[-4000:]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["updates"], summary["micro_steps"]) == (4, 2)
+    assert summary["skipped_images"] == 0
+    assert ["top1" in record for record in records(folder, "epoch")] == [False, True]
     evaluate = [sys.executable, "-m", "trainers.evaluate", f"--checkpoint={folder}"]
     shown = run(evaluate).stdout
     assert f"top-1 {summary['top1']:.2%}  top-5 {summary['top5']:.2%}" in shown
+    shutil.rmtree(tmp_path / "data")  # an export needs no photos
     exported = tmp_path / "model.keras"
     assert run([*evaluate, f"--export={exported}"]).returncode == 0
     code = f"""

@@ -1,5 +1,7 @@
 """The schedules against the numbers of the paper."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -43,6 +45,17 @@ def test_imagenet(batch, epochs):
         np.testing.assert_allclose(
             rates(schedule, [first, first + 2 * steps - 1]), peak * factor**stair, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("schedule", [CifarSchedule, ImageNetSchedule])
+def test_the_factor_scales_the_peak(schedule):
+    plain, doubled = schedule(1024, 90, 10), schedule(1024, 90, 10, factor=2)
+    assert doubled.peak == 2 * plain.peak
+    peak_at = math.ceil(10 * plain.warmup_epochs)
+    assert float(doubled(peak_at)) == pytest.approx(2 * float(plain(peak_at)))
+    assert float(doubled(0)) == float(plain(0)) == pytest.approx(0.001)
+    with pytest.raises(ValueError, match="factor=0"):
+        schedule(1024, 90, 10, factor=0)
 
 
 @pytest.mark.parametrize("batch", [512, 8192, 16384, 32768, 65536, 98304])

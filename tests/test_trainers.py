@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from distributed.launch import ROOT, TRAINER, records, run
 from scripts import kill_test
 from trainers import data, models, preemption
 from trainers.checkpoints import Checkpoints
+from trainers.lars import LARS
 from trainers.optimizers import NAMES, make_optimizer
 from trainers.plan import divide, make_plan
 
@@ -46,6 +48,36 @@ def test_rmsprop_and_nesterov_have_the_papers_settings():
         assert isinstance(make_optimizer(name, 0.1), keras.optimizers.Optimizer)
     with pytest.raises(ValueError, match="name='lion'"):
         make_optimizer("lion", 0.1)
+
+
+@pytest.mark.parametrize("l2", [0.0, 1e-3])
+def test_lars_follows_its_paper(l2):
+    """Against its Algorithm 1 in float64 NumPy, with a kernel that begins at zero."""
+    generator = np.random.default_rng(0)
+    shapes = [(3, 3, 4, 8), (8,), (8, 5), (5, 2)]
+    w = [generator.normal(size=shape) for shape in shapes]
+    w[3][:] = 0
+    variables = [keras.Variable(x, dtype="float32") for x in w]
+    optimizer = LARS(0.5, momentum=0.8, trust_coefficient=0.02, l2=l2)
+    v = [np.zeros(shape) for shape in shapes]
+    for _ in range(20):
+        g = [generator.normal(size=shape) for shape in shapes]
+        optimizer.apply([tf.constant(x, tf.float32) for x in g], variables)
+        for i, (x, y) in enumerate(zip(w, g)):
+            rate = 1.0
+            norm = np.sqrt((x**2).sum())
+            if x.ndim > 1:
+                if norm > 0:
+                    rate = 0.02 * norm / (np.sqrt((y**2).sum()) + l2 * norm)
+                y = y + l2 * x
+            v[i] = 0.8 * v[i] + 0.5 * rate * y
+            w[i] = x - v[i]
+    for variable, x in zip(variables, w):
+        np.testing.assert_allclose(variable.numpy(), x, rtol=1e-4, atol=1e-5)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert again.get_config() == optimizer.get_config()
+    with pytest.raises(ValueError, match="momentum=1"):
+        LARS(momentum=1)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +157,28 @@ def test_cifar100_is_loaded_whole():
     assert cifar.train[0].shape == (50000, 32, 32, 3) and cifar.test[0].shape == (10000, 32, 32, 3)
     means = cifar.train[0].mean(axis=(0, 1, 2)) / 255
     np.testing.assert_allclose(means, [0.50708, 0.48655, 0.44092], atol=1e-4)
+
+
+def test_every_flagfile_passes_a_dry_run():
+    """In one process: each start of TensorFlow would take longer than all of them."""
+    code = """
+import functools, pathlib
+from absl import flags
+from trainers import cifar, models, run
+models.cifar_resnet = functools.cache(models.cifar_resnet)  # the same model for all
+for path in sorted(pathlib.Path("configs/cifar100").glob("*.cfg")):
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["x", f"--flagfile={path}", "--dry_run"])
+    print(f"== {path.stem}")
+    run.run(cifar.Cifar())
+"""
+    result = run([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr[-4000:]
+    parts = dict(part.split("\n", 1) for part in result.stdout.split("== ")[1:])
+    assert len(parts) == 55
+    largest = parts["nlcg_fr-16384-500"]
+    assert "batch 16,384 = 1 worker(s) x 16 micro-step(s) x 1,024; 1,500 updates" in largest
+    assert "warm-up to 12.8 takes 25 epochs" in largest
 
 
 def test_elastic_workers_divide_the_same_batch():
@@ -207,6 +261,7 @@ def test_a_damaged_checkpoint_is_passed_over(how, tmp_path):
             "--global_batch_size=100 is no",
         ),
         (["--depth=10"], "depth=10"),
+        (["--training_examples=1438"], "--training_examples=1438 is more than the 1437"),
         (["--dataset=digits", "--data_dir=x"], "--dataset=digits comes with"),
         (["--dataset=cifar100", "--data_dir=/nowhere"], "cifar100 is not prepared"),
         (["--output_dir=/dev/null/run"], "/dev/null/run"),

@@ -63,6 +63,7 @@ def _task(folder):
     """The task of the run in `folder`, with its flags set as they were."""
     saved = json.loads((folder / "flags.json").read_text())["flags"]
     task = importlib.import_module(saved["trainer"]).TASK()
+    task.classes = saved["classes"]  # known without the data
     given = {name for name in saved if name in FLAGS and FLAGS[name].present}
     for name, value in saved.items():
         if name in FLAGS and name not in given:

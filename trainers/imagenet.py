@@ -5,7 +5,7 @@ import functools
 from absl import flags
 
 import nlcg_tf
-from trainers import imagenet_data, resnet50, settings  # noqa: F401 (settings defines the shared flags)
+from trainers import imagenet_data, resnet50, settings
 from trainers.run import main
 
 FLAGS = flags.FLAGS
@@ -54,6 +54,14 @@ class ImageNet:
     def examples(self):
         return EXAMPLES if self._assumed else self.data.examples
 
+    @functools.cached_property
+    def classes(self):
+        return CLASSES if self._assumed else self.data.classes
+
+    @property
+    def skipped(self):
+        return len(self.data.skipped)
+
     @property
     def _assumed(self):
         """A dry run needs no data: it takes ImageNet's size."""
@@ -73,15 +81,16 @@ class ImageNet:
 
     def schedule(self, plan):
         return nlcg_tf.schedules.ImageNetSchedule(
-            plan.global_batch_size, plan.epochs, plan.updates_per_epoch
+            plan.global_batch_size, plan.epochs, plan.updates_per_epoch, FLAGS.learning_rate_factor
         )
 
     def load(self):
         self.data  # noqa: B018 (opened here, where an error is reported well)
 
     def model(self):
-        classes = CLASSES if self._assumed else self.data.classes
-        return resnet50.resnet50(FLAGS.model, FLAGS.image_size, classes, FLAGS.weight_decay)
+        return resnet50.resnet50(
+            FLAGS.model, FLAGS.image_size, self.classes, settings.weight_decay()
+        )
 
     def training_batches(self, plan, rank, seed, epoch, first_update):
         return self.data.training_batches(plan, rank, seed, epoch, first_update)

@@ -1,6 +1,7 @@
 """The training loop: virtual batches, evaluation, checkpoints; no data set, no model."""
 
 import contextlib
+import dataclasses
 import pathlib
 import time
 
@@ -157,6 +158,23 @@ class Trainer:
             variable.assign(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """How often the loop does what besides training.
+
+    Attributes:
+        log_steps: updates between two logged steps.
+        checkpoint_steps: updates between two checkpoints, or `None`: after each epoch only.
+        commit_steps: updates between two commits, or `None` for workers that are not elastic.
+        evaluation_epochs: epochs between two evaluations on the test images.
+    """
+
+    log_steps: int
+    checkpoint_steps: int | None
+    commit_steps: int | None
+    evaluation_epochs: int
+
+
 def train(
     trainer,
     training_batches,
@@ -167,9 +185,7 @@ def train(
     state,
     identity,
     watch,
-    log_steps,
-    checkpoint_steps,
-    commit_steps,
+    intervals,
 ):
     """Trains from the trainer's current update to the end of its plan.
 
@@ -181,12 +197,10 @@ def train(
         reporter: see `trainers.reporting`.
         checkpoints: a `Checkpoints` on worker 0, `None` elsewhere.
         state: object with `record`, the record of the last epoch that is complete (`{}` before the
-            first), and `commit()`, called every `commit_steps` updates.
+            first), and `commit()`.
         identity: JSON object to be saved with each checkpoint.
         watch: object with `tick()`, called in each micro-step.
-        log_steps: int, updates between two logged steps.
-        checkpoint_steps: int, updates between two checkpoints, or `None`: after each epoch only.
-        commit_steps: int, or `None` for workers that are not elastic.
+        intervals: an `Intervals`.
 
     Returns:
         The summary of the run, a dict.
@@ -232,7 +246,7 @@ def train(
                 trainer.micro_step(*next(batches))
                 watch.tick()
             done += 1
-            logged = done % log_steps == 0 or done == 1
+            logged = done % intervals.log_steps == 0 or done == 1
             # Reading a value makes the host wait for the device: only where it is shown.
             rate = trainer.learning_rate() if logged else None
             loss, stopped = trainer.apply(tf.constant(float(preemption.requested())))
@@ -242,9 +256,9 @@ def train(
             if done == started_from + 1:
                 workers.check_identical(_without_statistics(trainer))
             if done % plan.updates_per_epoch:  # a whole epoch is saved with its record
-                if checkpoint_steps and done % checkpoint_steps == 0:
+                if intervals.checkpoint_steps and done % intervals.checkpoint_steps == 0:
                     save()
-                if commit_steps and done % commit_steps == 0:
+                if intervals.commit_steps and done % intervals.commit_steps == 0:
                     commit()
         stop_if_told()
         seconds = time.perf_counter() - epoch_began
@@ -252,13 +266,15 @@ def train(
         workers.average_moving_statistics(trainer.model)
         workers.check_identical(trainer.variables())
         record = {"epoch": epoch + 1, "update": done, "images_per_second": speed}
-        record.update(_evaluate(trainer, test_batches, workers))
+        record.update(_training_means(trainer, workers))
+        if epoch + 1 == plan.epochs or (epoch + 1) % intervals.evaluation_epochs == 0:
+            record.update(_evaluate(trainer, test_batches, workers))
         reporter.epoch(record)
         trainer.epoch_sums.assign(tf.zeros_like(trainer.epoch_sums))
         state.record = record
         epoch += 1
         save()
-        if commit_steps:
+        if intervals.commit_steps:
             commit()
     return {
         "updates": done,
@@ -288,13 +304,15 @@ def _step_record(trainer, epoch, done, loss, rate):
     return record
 
 
-def _evaluate(trainer, test_batches, workers):
+def _training_means(trainer, workers):
     loss_sum, correct, seen = workers.sum_over_workers(trainer.epoch_sums.numpy().tolist())
+    return {"loss": loss_sum / seen, "train_top1": correct / seen}
+
+
+def _evaluate(trainer, test_batches, workers):
     test_loss, top1, top5 = trainer.evaluate(test_batches, workers)
     _, averaged_top1, averaged_top5 = trainer.evaluate_averages(test_batches, workers)
     return {
-        "loss": loss_sum / seen,
-        "train_top1": correct / seen,
         "test_loss": test_loss,
         "top1": top1,
         "top5": top5,

@@ -3,16 +3,20 @@
 import keras
 
 import nlcg_tf
+from trainers.lars import LARS
 
-NAMES = ("nlcg", "momentum", "nesterov", "rmsprop", "sgd", "adam")
+NAMES = ("nlcg", "momentum", "nesterov", "rmsprop", "sgd", "adam", "lars")
 
 
-def make_optimizer(name, schedule, **nlcg_arguments):
+def make_optimizer(name, schedule, weight_decay=0.0, lars_coefficient=None, **nlcg_arguments):
     """Makes an optimizer with the paper's settings.
 
     Args:
         name: one of `NAMES`. RMSProp has decay 0.9, momentum 0.9 and epsilon 1.0.
         schedule: float or `LearningRateSchedule`.
+        weight_decay: float, factor of sum(w^2) for LARS, which must see it apart from the gradient;
+            for the others it is in the model's loss.
+        lars_coefficient: float for LARS (0.001 by default) and NLCG (no scaling by default).
         **nlcg_arguments: for `nlcg_tf.NLCG`; other optimizers do not look at them.
 
     Raises:
@@ -20,7 +24,7 @@ def make_optimizer(name, schedule, **nlcg_arguments):
     """
     optimizers = keras.optimizers
     if name == "nlcg":
-        return nlcg_tf.NLCG(schedule, **nlcg_arguments)
+        return nlcg_tf.NLCG(schedule, lars_coefficient=lars_coefficient, **nlcg_arguments)
     if name == "momentum":
         return optimizers.SGD(schedule, momentum=0.9)
     if name == "nesterov":
@@ -31,4 +35,6 @@ def make_optimizer(name, schedule, **nlcg_arguments):
         return optimizers.SGD(schedule)
     if name == "adam":
         return optimizers.Adam(schedule)
+    if name == "lars":
+        return LARS(schedule, trust_coefficient=lars_coefficient or 0.001, l2=2 * weight_decay)
     raise ValueError(f"`name` must be one of {', '.join(NAMES)}. Received: name={name!r}")

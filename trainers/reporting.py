@@ -113,12 +113,15 @@ class Reporter(Silent):
 
     def epoch(self, record):
         self._write({"type": "epoch", **record})
+        tested = ""
+        if "top1" in record:
+            tested = (
+                f"top-1 {record['top1']:.2%}  top-5 {record['top5']:.2%}  "
+                f"(averaged weights {record['averaged_top1']:.2%})  "
+            )
         self.say(
-            f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  "
-            f"top-1 {record['top1']:.2%}  top-5 {record['top5']:.2%}  "
-            f"(averaged weights {record['averaged_top1']:.2%})  "
-            f"train top-1 {record['train_top1']:.2%}  "
-            f"{record['images_per_second']:.0f} images/s"
+            f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  {tested}"
+            f"train top-1 {record['train_top1']:.2%}  {record['images_per_second']:.0f} images/s"
         )
 
     def close(self):
@@ -204,8 +207,9 @@ def plot_curves(records, path):
         ("top1", "test", "-"),
         ("averaged_top1", "test, averaged weights", "--"),
     ):
-        values = [100 * r[name] for r in epochs]
-        accuracy.plot([r["epoch"] for r in epochs], values, style, label=label)
+        tested = [r for r in epochs if name in r]
+        values = [100 * r[name] for r in tested]
+        accuracy.plot([r["epoch"] for r in tested], values, style, label=label)
     accuracy.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     accuracy.legend(loc="lower right")
     updates = [r["update"] for r in steps]

@@ -10,7 +10,6 @@ from absl import app, flags, logging
 from trainers import dry_run, loop, preemption, reporting, settings, workers
 from trainers.checkpoints import Checkpoints
 from trainers.images import DamagedImageError
-from trainers.optimizers import make_optimizer
 from trainers.plan import divide, make_plan
 
 FLAGS = flags.FLAGS
@@ -36,6 +35,8 @@ def run(task):
             trainer               string, the module that defines it
             name                  string, names the default run folder
             examples              number of training images in an epoch
+            classes               number of classes
+            skipped               number of damaged images that this worker has skipped
             default_line_search   "online" or "none", for --line_search=auto
             identity              dict of its own flags that decide what a run computes
             check()               raises ValueError for flags that do not fit each other
@@ -70,9 +71,7 @@ def run(task):
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(FLAGS.seed)
-    optimizer = make_optimizer(
-        FLAGS.optimizer, task.schedule(plan), **settings.nlcg_arguments(task.default_line_search)
-    )
+    optimizer = settings.optimizer(task.schedule(plan), task.default_line_search)
     if FLAGS.dtype_policy == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     compression = None if FLAGS.compression == "none" else FLAGS.compression
@@ -127,7 +126,8 @@ def _train(state, task, trainer, cluster, folder):
                 _restore(checkpoints, identity, state, reporter.say)
             done = int(trainer.updates.numpy())
             lines = dry_run.summary(task, trainer.model, plan, done)
-            described = {"trainer": task.trainer, **FLAGS.flag_values_dict()}
+            described = {"trainer": task.trainer, "classes": task.classes}
+            described.update(FLAGS.flag_values_dict())
             reporter.start(described, lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error
@@ -151,12 +151,16 @@ def _train(state, task, trainer, cluster, folder):
                 state,
                 identity,
                 watch,
-                log_steps=FLAGS.log_steps,
-                checkpoint_steps=FLAGS.checkpoint_steps,
-                commit_steps=FLAGS.commit_steps if workers.is_elastic() else None,
+                loop.Intervals(
+                    FLAGS.log_steps,
+                    FLAGS.checkpoint_steps,
+                    FLAGS.commit_steps if workers.is_elastic() else None,
+                    FLAGS.evaluation_epochs,
+                ),
             )
-        parameters = dry_run.parameters(trainer.model)
-        reporter.finish({**summary, "parameters": parameters, "seed": FLAGS.seed})
+        summary["skipped_images"] = int(sum(cluster.sum_over_workers([task.skipped])))
+        summary.update(parameters=dry_run.parameters(trainer.model), seed=FLAGS.seed)
+        reporter.finish(summary)
     finally:
         reporter.close()
 

@@ -2,12 +2,15 @@
 
 from absl import flags
 
-from trainers.optimizers import NAMES
+from trainers.optimizers import NAMES, make_optimizer
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("data_dir", None, "Folder of the data; TensorFlow Datasets' own by default.")
 flags.DEFINE_float("weight_decay", 1e-4, "Factor of sum(w^2) in the loss.", lower_bound=0)
+flags.DEFINE_float(
+    "learning_rate_factor", 1.0, "Factor on the schedule's peak rate.", lower_bound=1e-12
+)
 flags.DEFINE_integer("global_batch_size", 128, "Images in one update.", lower_bound=1)
 flags.DEFINE_integer(
     "per_worker_batch_size",
@@ -28,7 +31,12 @@ flags.DEFINE_enum(
     ["auto", "online", "step", "none"],
     "NLCG: line search. auto is the paper's choice for the data set and batch.",
 )
-flags.DEFINE_float("lars_coefficient", None, "NLCG: LARS coefficient.", lower_bound=1e-12)
+flags.DEFINE_float(
+    "lars_coefficient",
+    None,
+    "NLCG, LARS: trust coefficient. By default NLCG has none, and LARS 0.001.",
+    lower_bound=1e-12,
+)
 flags.DEFINE_float(
     "label_smoothing",
     0.0,
@@ -68,12 +76,19 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_bool("dry_run", False, "Print what the run would do and need, and end.")
 flags.DEFINE_integer("workers", None, "With --dry_run: how many to assume.", lower_bound=1)
+flags.DEFINE_integer(
+    "evaluation_epochs",
+    1,
+    "Epochs between two evaluations on the test images; the last is always evaluated.",
+    lower_bound=1,
+)
 flags.DEFINE_integer("log_steps", 10, "Updates between two logged steps.", lower_bound=1)
 
 
 # What decides the result of a run: none of these may change when it is resumed.
 DECISIVE = (
     "weight_decay",
+    "learning_rate_factor",
     "global_batch_size",
     "epochs",
     "optimizer",
@@ -93,12 +108,20 @@ def identity():
     return {name: FLAGS[name].value for name in DECISIVE}
 
 
-def nlcg_arguments(default_line_search):
-    """The flags of NLCG as its keyword arguments."""
+def optimizer(schedule, default_line_search):
+    """The optimizer that the flags ask for."""
     line_search = FLAGS.line_search if FLAGS.line_search != "auto" else default_line_search
-    return {
-        "update_rule": FLAGS.update_rule,
-        "preconditioner": None if FLAGS.preconditioner == "none" else FLAGS.preconditioner,
-        "line_search": None if line_search == "none" else line_search,
-        "lars_coefficient": FLAGS.lars_coefficient,
-    }
+    return make_optimizer(
+        FLAGS.optimizer,
+        schedule,
+        FLAGS.weight_decay,
+        FLAGS.lars_coefficient,
+        update_rule=FLAGS.update_rule,
+        preconditioner=None if FLAGS.preconditioner == "none" else FLAGS.preconditioner,
+        line_search=None if line_search == "none" else line_search,
+    )
+
+
+def weight_decay():
+    """The factor of sum(w^2) in the loss. LARS adds the decay to the gradient itself."""
+    return 0.0 if FLAGS.optimizer == "lars" else FLAGS.weight_decay
