@@ -1,17 +1,23 @@
-"""Times the input pipeline alone: `python -m scripts.bench_input --data_dir=DIR --json=out.json`.
+"""Times input and training apart: `python -m scripts.bench_input --data_dir=DIR --json=out.json`.
 
-The trainers' photos beside what Keras offers for the same work: `image_dataset_from_directory`,
-then preprocessing layers that crop, resize, mirror and normalise. In turn, each alone on the
-machine. Keras has no layer for a random-resized crop, so `keras` has one as Keras' own examples
-write it, with `tf.image.crop_and_resize`; `keras_fixed_crop` has `RandomCrop`, which does less:
-no random scale, and one place for the whole batch. Without --data_dir the photos are random fields.
-On a machine that does other work too, trust the processor time rather than the clock.
+input: the trainers' photos beside what Keras offers for the same work:
+    `image_dataset_from_directory`, then preprocessing layers that crop, resize, mirror and
+    normalise. In turn, each alone on the machine. Keras has no layer for a random-resized crop, so
+    `keras` has one as Keras' own examples write it, with `tf.image.crop_and_resize`;
+    `keras_fixed_crop` has `RandomCrop`, which does less: no random scale, and one place for the
+    whole batch. Without --data_dir the photos are random fields. On a machine that does other work
+    too, trust the processor time rather than the clock.
+training: images per second of `trainers.imagenet --dataset=synthetic` with NLCG and with Momentum,
+    in turn, each in the last of two epochs of 50 updates.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -133,6 +139,36 @@ def bench(folder, size, batch, seconds, repeats):
     return result
 
 
+def training_speed(optimizer, size, batch):
+    """Images per second of the ImageNet trainer on images that are made up."""
+    command = [sys.executable, "-m", "trainers.imagenet", "--dataset=synthetic", "--epochs=2"]
+    command += [f"--optimizer={optimizer}", f"--image_size={size}", f"--global_batch_size={batch}"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(
+            [*command, f"--output_dir={folder}"], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            sys.exit(f"error: {' '.join(command)} failed:\n{result.stderr[-2000:]}")
+        records = map(json.loads, pathlib.Path(folder, "metrics.jsonl").read_text().splitlines())
+        return [r["images_per_second"] for r in records if r["type"] == "epoch"][-1]
+
+
+def bench_training(size, batch, repeats):
+    speeds = {"nlcg": [], "momentum": []}
+    for round_ in range(repeats):
+        for optimizer in list(speeds)[:: 1 if round_ % 2 else -1]:
+            speeds[optimizer].append(training_speed(optimizer, size, batch))
+    print(f"ResNet-50, {size}x{size}, batch {batch}, {repeats} rounds")
+    for optimizer, values in speeds.items():
+        low, median, high = np.percentile(values, [25, 50, 75])
+        print(f"  {optimizer:<20} {median:7.1f} images/s  ({low:.1f} to {high:.1f})")
+    speeds = {optimizer: np.array(values) for optimizer, values in speeds.items()}
+    result = {"image_size": size, "batch": batch, "ratio": ratio(speeds, "nlcg", "momentum")}
+    show_ratio("speed with NLCG / with Momentum", result["ratio"])
+    result["images_per_second"] = {name: values.tolist() for name, values in speeds.items()}
+    return result
+
+
 def write_photos(folder, count=200, copies=50, classes=10, height=375, width=500):
     """JPEGs of smooth random fields, of the size and nearly the bytes of ImageNet's usual photo.
 
@@ -166,27 +202,37 @@ def photos(data_dir):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = ("input", "training")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--data_dir", help="folder with train/ and validation/ of class folders")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=4, help="of each pipeline in each round")
     parser.add_argument("--repeats", type=int, default=9, help="rounds")
+    parser.add_argument("--training_image_size", type=int, default=64)
+    parser.add_argument("--training_batch", type=int, default=16)
+    parser.add_argument("--training_repeats", type=int, default=3, help="rounds")
     parser.add_argument("--json", help="file for all figures")
     arguments = parser.parse_args()
     result = {"machine": machine()}
     print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")
-    with photos(arguments.data_dir) as folder:
-        size = np.mean([file.stat().st_size for file in pathlib.Path(folder).glob("train/*/*")])
-        result["mean_bytes"] = float(size)
-        print(f"photos of {size / 1000:.0f} kB on average")
-        result.update(
-            bench(
-                folder,
-                arguments.image_size,
-                arguments.batch,
-                arguments.seconds,
-                arguments.repeats,
+    if "input" in arguments.parts:
+        with photos(arguments.data_dir) as folder:
+            size = np.mean([file.stat().st_size for file in pathlib.Path(folder).glob("train/*/*")])
+            result["mean_bytes"] = float(size)
+            print(f"photos of {size / 1000:.0f} kB on average")
+            result.update(
+                bench(
+                    folder,
+                    arguments.image_size,
+                    arguments.batch,
+                    arguments.seconds,
+                    arguments.repeats,
+                )
             )
+    if "training" in arguments.parts:
+        result["training"] = bench_training(
+            arguments.training_image_size, arguments.training_batch, arguments.training_repeats
         )
     write_json(arguments.json, result)
 
