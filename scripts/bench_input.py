@@ -193,6 +193,8 @@ def write_photos(folder, count=200, copies=50, classes=10, height=375, width=500
 @contextlib.contextmanager
 def photos(data_dir):
     if data_dir:
+        if not pathlib.Path(data_dir, "train").is_dir():
+            sys.exit(f"error: --data_dir={data_dir} holds no folder train")
         yield data_dir
         return
     with tempfile.TemporaryDirectory() as folder:

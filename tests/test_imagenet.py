@@ -141,8 +141,12 @@ def test_photos_are_trained_on_evaluated_and_exported(tmp_path):
     assert summary["skipped_images"] == 0
     assert ["top1" in record for record in records(folder, "epoch")] == [False, True]
     evaluate = [sys.executable, "-m", "trainers.evaluate", f"--checkpoint={folder}"]
-    shown = run(evaluate).stdout
+    shown = run([*evaluate, "--max_corrupt_examples=1"]).stdout  # a flag of the run's trainer
     assert f"top-1 {summary['top1']:.2%}  top-5 {summary['top5']:.2%}" in shown
+    # With other photos the run must not go on: labels and order would be others.
+    next((tmp_path / "data" / "train").glob("*/*.JPEG")).unlink()
+    changed = run([*TRAINER, *flags, f"--output_dir={folder}"])
+    assert changed.returncode == 2 and "--data_dir's files was" in changed.stderr
     shutil.rmtree(tmp_path / "data")  # an export needs no photos
     exported = tmp_path / "model.keras"
     assert run([*evaluate, f"--export={exported}"]).returncode == 0

@@ -233,7 +233,25 @@ def test_a_damaged_image_is_an_error_that_names_the_file(folder, kind):
     path = folder / "train" / "class1" / "05.JPEG"
     path.write_bytes(DAMAGED[kind])
     data = imagenet_data.open_folder(folder, SIZE)
-    with pytest.raises(ValueError, match=rf"{path}: .*--max_corrupt_examples=N"):
+    with pytest.raises(ValueError, match=rf"{path}: .*--max_corrupt_examples=N") as error:
+        epoch(data, 1, 7, examples=21, batch=21)
+    assert "Graph execution error" not in str(error.value) and "{{" not in str(error.value)
+
+
+def test_images_that_are_all_damaged_are_an_error(folder):
+    for path in (folder / "train").glob("*/*"):
+        path.write_bytes(b"")
+    data = imagenet_data.open_folder(folder, SIZE, max_corrupt_examples=100)
+    with pytest.raises(images.DamagedImageError, match="is damaged, and so are the 21 tried"):
+        epoch(data, 1, 7, examples=21, batch=21)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(folder):
+    (folder / "train" / "class1" / "a_folder.JPEG").mkdir()  # no image, and not taken for one
+    data = imagenet_data.open_folder(folder, SIZE, max_corrupt_examples=100)
+    assert data.examples == 21
+    (folder / "train" / "class1" / "05.JPEG").unlink()
+    with pytest.raises(OSError, match=r"class1/05\.JPEG.*No such file"):
         epoch(data, 1, 7, examples=21, batch=21)
 
 

@@ -27,6 +27,7 @@ class Cifar:
 
     trainer = "trainers.cifar"
     skipped = 0
+    class_names = None  # the data sets' own numbers
 
     @property
     def name(self):

@@ -30,38 +30,64 @@ def main(argv):
         if FLAGS.export and not FLAGS.export.endswith(".keras"):
             raise ValueError(f"--export={FLAGS.export} must end in .keras")
         checkpoint = _newest(pathlib.Path(FLAGS.checkpoint))
-        task = _task(checkpoint.parents[1])
+        task, class_names = _task(checkpoint.parents[1])
         task.check()
-        if not FLAGS.export:
+        if FLAGS.export:
+            if not pathlib.Path(FLAGS.export).absolute().parent.is_dir():
+                raise ValueError(f"--export={FLAGS.export} is in a folder that is not there")
+        else:
             task.load()
+            if task.class_names != class_names:
+                raise ValueError(f"the classes under --data_dir={FLAGS.data_dir} are not the run's")
         model = task.model()
         _restore(model, checkpoint)
+        if FLAGS.export:
+            model.save(FLAGS.export)
+            print(f"{checkpoint.name}: written to {FLAGS.export}")
+            return
+        loss, top1, top5 = Evaluator(model)(task.test_batches(0, 1), workers.OneProcess())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    if FLAGS.export:
-        model.save(FLAGS.export)
-        print(f"{checkpoint.name}: written to {FLAGS.export}")
-        return
-    loss, top1, top5 = Evaluator(model)(task.test_batches(0, 1), workers.OneProcess())
     print(f"{checkpoint.name}: loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}")
+
+
+def parse(argv):
+    """Parses the flags, which are also those of the trainer that made the run."""
+    FLAGS(argv, known_only=True)
+    saved = pathlib.Path(FLAGS.checkpoint or "").resolve()
+    for folder in (saved, saved.parent.parent):
+        if (folder / "flags.json").is_file():
+            importlib.import_module(_saved_flags(folder)["trainer"])
+            break
+    FLAGS.unparse_flags()
+    return FLAGS(argv)
+
+
+def _saved_flags(folder):
+    try:
+        saved = json.loads((folder / "flags.json").read_text())["flags"]
+        return {"trainer": saved["trainer"], "classes": saved["classes"], **saved}
+    except (ValueError, KeyError) as error:
+        raise SystemExit(f"error: {folder / 'flags.json'} is not of a run: {error}") from None
 
 
 def _newest(path):
     """The checkpoint meant by a run folder or a checkpoint's own."""
+    path = path.resolve()
     if path.parent.name == "checkpoints":
         problem = damage(path)
         if problem:
             raise ValueError(f"--checkpoint={path} is damaged: {problem}")
-        return path.absolute()
+        return path
     found, _ = Checkpoints(path / "checkpoints").newest(print)
     if found is None:
         raise ValueError(f"--checkpoint={path}: no checkpoint under {path / 'checkpoints'}")
-    return found.absolute()
+    return found
 
 
 def _task(folder):
-    """The task of the run in `folder`, with its flags set as they were."""
-    saved = json.loads((folder / "flags.json").read_text())["flags"]
+    """The task of the run in `folder`, with its flags set as they were, and the class names."""
+    saved = _saved_flags(folder)
     task = importlib.import_module(saved["trainer"]).TASK()
     task.classes = saved["classes"]  # known without the data
     given = {name for name in saved if name in FLAGS and FLAGS[name].present}
@@ -69,7 +95,7 @@ def _task(folder):
         if name in FLAGS and name not in given:
             FLAGS[name].value = value
     keras.config.set_dtype_policy(FLAGS.dtype_policy)
-    return task
+    return task, saved.get("class_names")
 
 
 def _restore(model, checkpoint):
@@ -82,4 +108,4 @@ def _restore(model, checkpoint):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

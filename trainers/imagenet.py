@@ -59,6 +59,10 @@ class ImageNet:
         return CLASSES if self._assumed else self.data.classes
 
     @property
+    def class_names(self):
+        return self.data.class_names
+
+    @property
     def skipped(self):
         return len(self.data.skipped)
 
@@ -69,7 +73,8 @@ class ImageNet:
 
     @property
     def identity(self):
-        return {name: FLAGS[name].value for name in ("dataset", "model", "image_size")}
+        flags = {name: FLAGS[name].value for name in ("dataset", "model", "image_size")}
+        return {**flags, "data_dir's files": self.data.digest}
 
     def check(self):
         if FLAGS.dataset == "folder" and not FLAGS.data_dir:

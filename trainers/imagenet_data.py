@@ -1,6 +1,7 @@
 """Photos on disk and their input pipeline: the same examples whatever the number of workers."""
 
 import concurrent.futures
+import hashlib
 import itertools
 import os
 import pathlib
@@ -25,14 +26,15 @@ class Photos:
 
     Args:
         train, test: `Folder` or `Records`.
-        classes: int, number of classes.
+        class_names: list of strings, in the order of the labels.
         image_size: int, height and width of the images.
         max_corrupt_examples: int, how many different damaged files are skipped, in training and
             evaluation together, before one is an error.
     """
 
-    def __init__(self, train, test, classes, image_size, max_corrupt_examples=0):
-        self.classes = classes
+    def __init__(self, train, test, class_names, image_size, max_corrupt_examples=0):
+        self.class_names = class_names
+        self.classes = len(class_names)
         self.image_size = image_size
         self.examples, self.test_examples = len(train), len(test)
         self._train, self._test = train, test
@@ -41,6 +43,12 @@ class Photos:
     @property
     def input_shape(self):
         return (self.image_size, self.image_size, 3)
+
+    @property
+    def digest(self):
+        """Tells whether these are the same examples in the same order."""
+        parts = (self._train.digest, self._test.digest, "\n".join(self.class_names))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     @property
     def skipped(self):
@@ -124,6 +132,8 @@ class Synthetic:
     def __init__(self, image_size, classes=1000, examples=1_281_167):
         self.image_size, self.classes, self.examples = image_size, classes, examples
         self.skipped = []
+        self.class_names = None
+        self.digest = ""
 
     @property
     def input_shape(self):
@@ -167,13 +177,16 @@ class Folder:
             files = sorted(
                 entry.name
                 for entry in os.scandir(path / name)
-                if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "."
+                if entry.name.lower().endswith(EXTENSIONS)
+                and entry.name[0] != "."
+                and entry.is_file()
             )
             if not files:
                 raise ValueError(f"{path / name} holds no images ({', '.join(EXTENSIONS)})")
             names += [f"{name}/{file}" for file in files]
             labels += [label] * len(files)
         self._path = path
+        self.digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
         with tf.device("CPU"):
             # As a tensor: a Python list of ImageNet's 1.3 million names is twice as large.
             self._names, self._labels = tf.constant(names), tf.constant(labels, tf.int32)
@@ -210,7 +223,7 @@ def open_folder(path, image_size, max_corrupt_examples=0):
             f"the classes of training and validation under {path} differ: {differing[0]}"
             + (f" and {len(differing) - 1} more" if differing[1:] else "")
         )
-    return Photos(train, test, len(train.classes), image_size, max_corrupt_examples)
+    return Photos(train, test, train.classes, image_size, max_corrupt_examples)
 
 
 class Records:
@@ -233,6 +246,7 @@ class Records:
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             parts = list(pool.map(_record_places, self._paths, lengths))
         self._places = np.concatenate(parts)
+        self.digest = hashlib.sha256(self._places.tobytes()).hexdigest()
         self._files = np.repeat(np.arange(len(parts), dtype=np.int32), lengths)
 
     def __len__(self):
@@ -314,5 +328,5 @@ def open_tfds(data_dir, image_size, max_corrupt_examples=0):
         Records(splits[name].filepaths, splits[name].shard_lengths)
         for name in ("train", "validation")
     )
-    classes = builder.info.features["label"].num_classes
-    return Photos(train, test, classes, image_size, max_corrupt_examples)
+    class_names = builder.info.features["label"].names
+    return Photos(train, test, class_names, image_size, max_corrupt_examples)

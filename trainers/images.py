@@ -4,7 +4,6 @@ A JPEG is decoded inside its crop only, and that part has the very bits that dec
 would give. All else that a file may hold ends in a `tf.errors.InvalidArgumentError`.
 """
 
-import itertools
 import re
 
 import tensorflow as tf
@@ -20,6 +19,13 @@ CENTRAL_CROP = 0.875
 
 # More would only be a trap: the largest photo of ImageNet has 61 million.
 MAX_PIXELS = 100_000_000
+
+# How TensorFlow says that a file cannot be read: no fault of the image.
+UNREADABLE = (
+    tf.errors.FailedPreconditionError,
+    tf.errors.NotFoundError,
+    tf.errors.PermissionDeniedError,
+)
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END_OF_JPEG = b"\xff\xd9"
@@ -194,6 +200,8 @@ class Batches:
             except tf.errors.InvalidArgumentError as error:
                 yield self._repaired(done, error)
                 done += 1
+            except UNREADABLE as error:
+                raise OSError(_reason(error)) from error
 
     def _pipeline(self, first):
         rows = tuple(column[first * self._batch_size :] for column in self._rows)
@@ -214,12 +222,21 @@ class Batches:
 
     def _whole_example(self, row):
         candidate = row
-        for attempt in itertools.count(1):
+        for attempt in range(1, 1 + len(self._rows[0])):
             try:
                 return self._make(*(tf.convert_to_tensor(value) for value in candidate))
             except tf.errors.InvalidArgumentError as error:
                 self._damage.add(self._name(candidate[0]), error)
                 candidate = self._replace(row, attempt)
+        raise DamagedImageError(
+            f"{self._name(row[0])} is damaged, and so are the {attempt} tried in its place"
+        )
+
+
+def _reason(error):
+    """What TensorFlow says last, without the nodes of its graphs."""
+    lines = re.sub(r"\{\{[^}]*\}\}\s*", "", error.message.partition("[[")[0]).split("\n")
+    return [line.strip() for line in lines if line.strip()][-1]
 
 
 class DamagedImageError(ValueError):
@@ -247,7 +264,7 @@ class Damage:
         self.met += 1
         if name in self.names:
             return
-        reason = re.sub(r"\{\{[^}]*\}\}\s*", "", error.message).strip().partition("\n")[0]
+        reason = _reason(error)
         if len(self.names) >= self.limit:
             raise DamagedImageError(
                 f"damaged image {name}: {reason}. Replace it, or skip up to N such files on each "

@@ -141,6 +141,15 @@ class Trainer:
         if workers.rank() > 0:
             self.epoch_sums.assign([0.0] * 3)
 
+    def loss_scaling(self, done):
+        """In mixed_float16: the loss scale, and how many of `done` updates overflowed."""
+        if not hasattr(self.optimizer, "dynamic_scale"):
+            return {}
+        return {
+            "loss_scale": float(self.optimizer.dynamic_scale),
+            "overflowed_updates": done - int(self.optimizer.iterations),
+        }
+
     def learning_rate(self):
         return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
 
@@ -267,6 +276,7 @@ def train(
         workers.check_identical(trainer.variables())
         record = {"epoch": epoch + 1, "update": done, "images_per_second": speed}
         record.update(_training_means(trainer, workers))
+        record.update(trainer.loss_scaling(done))
         if epoch + 1 == plan.epochs or (epoch + 1) % intervals.evaluation_epochs == 0:
             record.update(_evaluate(trainer, test_batches, workers))
         reporter.epoch(record)
@@ -301,6 +311,7 @@ def _step_record(trainer, epoch, done, loss, rate):
     record = {"epoch": epoch + 1, "update": done, "loss": float(loss), "learning_rate": rate}
     if hasattr(trainer.inner_optimizer, "diagnostics"):
         record.update(trainer.inner_optimizer.diagnostics())
+    record.update(trainer.loss_scaling(done))
     return record
 
 

@@ -92,6 +92,8 @@ class Reporter(Silent):
         partial.replace(metrics)
         description = {"flags": flags, "versions": versions(), "git_revision": git_revision()}
         (self.folder / "flags.json").write_text(json.dumps(description, indent=2) + "\n")
+        # Of a run that is started again after its end the summary stays.
+        self._finished_before = epochs == self.epochs and (self.folder / "summary.json").exists()
         self._metrics = metrics.open("a")
         self._board = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
         for line in lines:
@@ -123,6 +125,11 @@ class Reporter(Silent):
             f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  {tested}"
             f"train top-1 {record['train_top1']:.2%}  {record['images_per_second']:.0f} images/s"
         )
+        if record.get("overflowed_updates"):
+            self.say(
+                f"{record['overflowed_updates']} of {record['update']} updates so far left out: "
+                f"they overflowed float16; the loss scale is {record['loss_scale']:g}"
+            )
 
     def close(self):
         for file in (self._metrics, self._board, self._lock):
@@ -130,7 +137,9 @@ class Reporter(Silent):
                 file.close()
 
     def finish(self, summary):
-        (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
+        if not self._finished_before:
+            text = json.dumps(_finite(summary), indent=2) + "\n"
+            (self.folder / "summary.json").write_text(text)
         plot_curves(self.records, self.folder / "curves.png")
         if not math.isfinite(summary["loss"]):
             self.say("warning: training diverged, the loss is not finite")

@@ -35,7 +35,7 @@ def run(task):
             trainer               string, the module that defines it
             name                  string, names the default run folder
             examples              number of training images in an epoch
-            classes               number of classes
+            classes, class_names  number of classes, and their names or None
             skipped               number of damaged images that this worker has skipped
             default_line_search   "online" or "none", for --line_search=auto
             identity              dict of its own flags that decide what a run computes
@@ -127,7 +127,9 @@ def _train(state, task, trainer, cluster, folder):
             done = int(trainer.updates.numpy())
             lines = dry_run.summary(task, trainer.model, plan, done)
             described = {"trainer": task.trainer, "classes": task.classes}
-            described.update(FLAGS.flag_values_dict())
+            described.update(FLAGS.flag_values_dict(), class_names=task.class_names)
+            if FLAGS.data_dir:
+                described["data_dir"] = str(pathlib.Path(FLAGS.data_dir).absolute())
             reporter.start(described, lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
             failure = error

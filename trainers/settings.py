@@ -1,5 +1,7 @@
 """The flags that all trainers share."""
 
+import math
+
 from absl import flags
 
 from trainers.optimizers import NAMES, make_optimizer
@@ -51,7 +53,13 @@ flags.DEFINE_enum(
     "Precision of the model's computation; weights and optimizer stay float32.",
 )
 flags.DEFINE_bool("jit_compile", False, "Compile the forward and backward pass with XLA.")
-flags.DEFINE_integer("seed", 0, "Seed of weights, order and augmentation.", lower_bound=0)
+flags.DEFINE_integer(
+    "seed",
+    0,
+    "Seed of weights, order and augmentation.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
+)
 flags.DEFINE_string("output_dir", None, "Run folder; by default one named by the flags in runs/.")
 flags.DEFINE_integer(
     "checkpoint_steps",
@@ -84,6 +92,11 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("log_steps", 10, "Updates between two logged steps.", lower_bound=1)
 
+
+for _name in ("weight_decay", "learning_rate_factor", "lars_coefficient", "label_smoothing"):
+    flags.register_validator(
+        _name, lambda value: value is None or math.isfinite(value), "must be a finite number"
+    )
 
 # What decides the result of a run: none of these may change when it is resumed.
 DECISIVE = (
