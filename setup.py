@@ -58,9 +58,12 @@ setup(
             "absl-py",
             "importlib_resources",  # tensorflow-datasets imports it without declaring it
             "matplotlib",
+            "pandas",
+            "pyyaml",
             "scikit-learn",
             "tensorboard>=2.20",
             "tensorflow-datasets>=4.9.10",
+            "tqdm",
         ],
         "test": ["jax", "pillow", "psutil", "pytest", "ruff", "scipy"],
     },

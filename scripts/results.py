@@ -1,0 +1,189 @@
+"""What run folders hold, as pandas tables: one of all runs, and the log of each."""
+
+import json
+import math
+import pathlib
+import tempfile
+
+import numpy as np
+import pandas as pd
+
+SWEEP_FILE = "sweep.json"
+FAILED_FILE = "failed.json"
+STATUSES = ("finished", "diverged", "failed", "unfinished")
+# Name in a command: (name in plots, flags). Their order is that of tables and legends.
+OPTIMIZERS = {
+    "nlcg": ("NLCG-FR", {"optimizer": "nlcg", "update_rule": "fletcher_reeves"}),
+    "nlcg_pr": ("NLCG-PR", {"optimizer": "nlcg", "update_rule": "polak_ribiere"}),
+    "momentum": ("Momentum", {"optimizer": "momentum"}),
+    "nesterov": ("Nesterov", {"optimizer": "nesterov"}),
+    "lars": ("LARS", {"optimizer": "lars"}),
+    "rmsprop": ("RMSProp", {"optimizer": "rmsprop"}),
+    "sgd": ("SGD", {"optimizer": "sgd"}),
+    "adam": ("Adam", {"optimizer": "adam"}),
+}
+SETTINGS = ["global_batch_size", "epochs", "learning_rate_factor", "seed"]
+FIGURES = ["top1", "top5", "averaged_top1", "averaged_top5", "train_top1", "loss", "test_loss"]
+FIGURES += ["updates", "seconds", "images_per_second", "workers", "peak_memory_bytes"]
+POINT = ["optimizer", "global_batch_size", "epochs"]
+# Flags that do not tell two kinds of run apart: settings, places, how the work is done.
+NO_VARIANT = {
+    *SETTINGS,
+    *("optimizer", "output_dir", "data_dir", "download", "flagfile", "per_worker_batch_size"),
+    *("checkpoint_steps", "keep_checkpoints", "commit_steps", "log_steps", "evaluation_epochs"),
+    *("deterministic", "jit_compile", "max_corrupt_examples", "trainer", "classes", "class_names"),
+}
+
+
+def read_json(path):
+    """The object in a file; `{}` without one, and while it is being written."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def status(folder):
+    """One of `STATUSES`."""
+    if (folder / FAILED_FILE).exists():
+        return "failed"
+    summary = read_json(folder / "summary.json")
+    if not summary:
+        return "unfinished"
+    loss = summary.get("loss")
+    return "diverged" if loss is None or not math.isfinite(loss) else "finished"
+
+
+def read_runs(folders):
+    """All runs below some folders, those of a sweep that have not begun too.
+
+    Returns:
+        DataFrame, one line a run: its folder, optimizer (with the flags in which runs of the same
+        optimizer differ otherwise), status, settings and the figures of its summary.
+
+    Raises:
+        ValueError: if a folder is not there, or none holds a run.
+    """
+    found, sweeps = set(), set()
+    for folder in map(pathlib.Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+        below = {file.parent.resolve() for file in folder.rglob("flags.json")}
+        found |= below
+        sweeps |= {file.resolve() for file in folder.rglob(SWEEP_FILE)}
+        sweeps |= {run.parents[1] / SWEEP_FILE for run in below}
+    defined = {}
+    for file in sweeps:
+        for name, run in read_json(file).items():
+            defined[file.parent / "runs" / name] = run
+    # Those defined outside the folders asked for are not asked for.
+    found |= {run for run in defined if any(run.is_relative_to(f) for f in _resolved(folders))}
+    if not found:
+        raise ValueError(f"no run in {', '.join(map(str, folders))}")
+    flags = {run: _flags(run, defined.get(run, {})) for run in sorted(found)}
+    names = {
+        run: defined.get(run, {}).get("optimizer") or _display_name(flags[run]) for run in flags
+    }
+    names = _with_variants(names, flags)
+    runs = pd.DataFrame([_record(run, names[run], flags[run]) for run in flags])
+    for column in SETTINGS + FIGURES:
+        runs[column] = pd.to_numeric(runs[column])
+    runs["order"] = runs["optimizer"].map(_order)
+    runs = runs.sort_values(["order", *POINT, *SETTINGS[2:]], ignore_index=True)
+    return runs.drop(columns="order")
+
+
+def read_metrics(folder, batch):
+    """The logged steps and the epochs of a run, two DataFrames.
+
+    The steps have the seconds of training before them, which follow from the epochs' throughput:
+    evaluation and checkpoints are not in them.
+    """
+    file, records = pathlib.Path(folder) / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # a killed run's last line
+            break
+    steps, epochs = (
+        pd.DataFrame([r for r in records if r["type"] == kind]) for kind in ("step", "epoch")
+    )
+    if len(steps):
+        numbers = steps.columns.drop("type")
+        # A divergence's null; a column of them alone would not be of numbers.
+        steps[numbers] = steps[numbers].apply(pd.to_numeric)
+        steps["seconds"] = math.nan
+    if len(steps) and len(epochs):
+        updates = [0, *epochs["update"]]
+        seconds = epochs["update"].diff().fillna(epochs["update"]) * batch
+        seconds = [0, *(seconds / epochs["images_per_second"]).cumsum()]
+        inside = steps["update"] <= updates[-1]
+        steps.loc[inside, "seconds"] = np.interp(steps["update"][inside], updates, seconds)
+    return steps, epochs
+
+
+def write_csv(runs, path):
+    """Writes a table so that no reader meets half of it."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".partial") as file:
+        runs.to_csv(file, index=False)
+    pathlib.Path(file.name).chmod(0o644)
+    pathlib.Path(file.name).replace(path)
+
+
+def _resolved(folders):
+    return [pathlib.Path(folder).resolve() for folder in folders]
+
+
+def _flags(run, definition):
+    return {**definition.get("flags", {}), **read_json(run / "flags.json").get("flags", {})}
+
+
+def _record(run, name, flags):
+    summary, described = read_json(run / "summary.json"), read_json(run / "flags.json")
+    return {
+        "run": run.name,
+        "optimizer": name,
+        **{key: flags.get(key) for key in SETTINGS},
+        "learning_rate_factor": flags.get("learning_rate_factor", 1.0),
+        "seed": flags.get("seed", 0),
+        "status": status(run),
+        "exit_status": read_json(run / FAILED_FILE).get("exit_status"),
+        **{key: summary.get(key) for key in FIGURES},
+        "optimizer_flag": flags.get("optimizer"),
+        "git_revision": described.get("git_revision"),
+        "folder": str(run),
+    }
+
+
+def _display_name(flags):
+    for name, chosen in OPTIMIZERS.values():
+        if all(flags.get(key) == value for key, value in chosen.items()):
+            return name
+    return str(flags.get("optimizer"))
+
+
+def _with_variants(names, flags):
+    """Runs of one name that differ in more than the settings must not be averaged."""
+    varying = {}
+    for run, name in names.items():
+        for key, value in flags[run].items():
+            if key not in NO_VARIANT:
+                values = varying.setdefault(name, {}).setdefault(key, set())
+                values.add(json.dumps(value))
+    return {
+        run: " ".join(
+            [name]
+            + [
+                f"{key}={flags[run].get(key)}"
+                for key, values in varying.get(name, {}).items()
+                if len(values) > 1
+            ]
+        )
+        for run, name in names.items()
+    }
+
+
+def _order(name):
+    known = [title for title, _ in OPTIMIZERS.values()]
+    first = name.split(" ")[0]
+    return known.index(first) if first in known else len(known)

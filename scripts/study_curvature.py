@@ -1,0 +1,238 @@
+"""A study of optimizers where curvature matters: `python -m scripts.study_curvature --jobs=2`.
+
+Small ill-conditioned problems (curvature_problems.py); NLCG with and without preconditioner and
+line search beside Momentum, Nesterov, Adam and, where all data are in each update, L-BFGS. Each
+optimizer gets the same search: `--rates` constant learning rates with seed 0, then `--seeds` more
+seeds with the rate that had the lowest final loss. L-BFGS has no rate.
+
+An update is one gradient evaluation. Times are those of the updates alone: no tracing, none of the
+evaluations of the loss over all data from which the curves are made.
+
+Each finished run is a line of `runs.jsonl` and is not done again: after an interruption start the
+same command again. In the end come table.md and the figures (curvature_report.py).
+"""
+
+import argparse
+import contextlib
+import fcntl
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import sys
+
+import tqdm
+
+from scripts.benchmarks import machine
+from scripts.curvature_report import POINTS, SEARCH_SEED, STYLES, best_rate, write_report
+
+# Gradient evaluations of a run: the budget.
+UPDATES = {
+    "autoencoder": 4000,
+    "autoencoder_256": 15_000,
+    "poisson": 20_000,
+    "burgers": 7000,
+    "resnet_plain": 1500,
+    "adding": 6000,
+}
+FULL_BATCH = ("autoencoder", "poisson", "burgers")
+# The middle of the grid of learning rates, in half decades: 10^(middle / 2).
+MIDDLES = {"adam": -5, "nlcg-fr": -2, "nlcg-fr-nosearch": -2, "nlcg-pr": -2, "nlcg-pr-nosearch": -2}
+MIDDLE_WITHOUT_PRECONDITIONER = -3
+
+
+def learning_rates(optimizer, count):
+    """The rates to be tried: two a decade, as 0.01, 0.03, 0.1; not for L-BFGS, which has none."""
+    middle = MIDDLES.get(optimizer, MIDDLE_WITHOUT_PRECONDITIONER)
+    return [float(f"{10 ** ((middle + i - count // 2) / 2):.0e}") for i in range(count)]
+
+
+def plan(known, optimizer, rates, seeds):
+    """The runs of one optimizer on one problem, as far as they can be named yet.
+
+    Args:
+        known: dict from (rate, seed) to the record of a finished run.
+        optimizer: a name in `STYLES`.
+        rates: int, learning rates of the search.
+        seeds: int, further seeds with the best of them.
+
+    Returns:
+        List of (rate, seed): those of the search, then, if all of that is known, the others.
+    """
+    seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + seeds)
+    if optimizer == "lbfgs":
+        return [(None, seed) for seed in seeds]
+    search = [(rate, SEARCH_SEED) for rate in learning_rates(optimizer, rates)]
+    if any(run not in known for run in search):
+        return search
+    best = best_rate([known[run] for run in search])
+    return [*search, *((best, seed) for seed in seeds)]
+
+
+def missing_runs(problem_name, optimizer, updates, rates, seeds, known):
+    """Makes the runs that are planned and not known; a generator of their records."""
+    known, training = dict(known), None
+    while missing := [run for run in plan(known, optimizer, rates, seeds) if run not in known]:
+        if training is None:
+            # TensorFlow is imported in the processes that train only.
+            from scripts import curvature_problems, curvature_training
+
+            problem = curvature_problems.PROBLEMS[problem_name]()
+            training = curvature_training.make_training(problem, optimizer, updates)
+        rate, seed = missing[0]
+        curve = training.run(rate, seed)
+        record = {"problem": problem_name, "optimizer": optimizer, "updates": updates}
+        record |= {"rate": rate, "seed": seed, **results(training, curve)}
+        known[rate, seed] = record
+        yield record
+
+
+def results(training, curve):
+    """What is recorded of a run; `None` stands for a number that is not finite."""
+    updates, seconds, losses = zip(*curve)
+    losses = [float(f"{loss - training.problem.floor:.6g}") for loss in losses]
+    finite, error = math.isfinite(losses[-1]), None
+    if finite and training.problem.error:
+        error = training.problem.error(training.model)
+    return {
+        "diverged": not finite or losses[-1] > losses[0],
+        "final_loss": losses[-1] if finite else None,
+        "error": error,
+        "seconds": seconds[-1],
+        "diagnostics": training.diagnostics(),
+        "curve": {
+            "updates": updates,
+            "seconds": [float(f"{x:.5g}") for x in seconds],
+            "loss": [x if math.isfinite(x) else None for x in losses],
+        },
+    }
+
+
+def work(connection):
+    """The life of a worker process: one pair of problem and optimizer after another."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The pipe breaks when the study itself was killed.
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            for record in missing_runs(*connection.recv()):
+                connection.send(record)
+            connection.send(None)
+
+
+def work_in_processes(tasks, jobs):
+    """Hands the arguments of `missing_runs` to worker processes; a generator of all records."""
+    # One thread each: those of TensorFlow, and of the linear algebra in SciPy and NumPy.
+    names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OPENBLAS_NUM_THREADS")
+    os.environ.update(dict.fromkeys(names, "1"))
+    context, tasks, busy = multiprocessing.get_context("spawn"), iter(tasks), []
+
+    def give_task(connection):
+        if (task := next(tasks, None)) is not None:
+            connection.send(task)
+            busy.append(connection)
+
+    for _ in range(jobs):
+        ours, theirs = context.Pipe()
+        context.Process(target=work, args=(theirs,), daemon=True).start()
+        theirs.close()
+        give_task(ours)
+    while busy:
+        for connection in multiprocessing.connection.wait(busy):
+            try:
+                record = connection.recv()
+            except EOFError:
+                sys.exit("error: a worker ended; its own message is above")
+            if record is None:
+                busy.remove(connection)
+                give_task(connection)
+            else:
+                yield record
+
+
+def open_log(path):
+    """Opens runs.jsonl to append to, without the half line that a killed study may have left.
+
+    Returns:
+        The file, and the records in it.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another study is at work on {path}")
+    file.seek(0)
+    lines = file.read().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        file.truncate(sum(len(line) for line in lines[:-1]))
+        lines.pop()
+    return file, [json.loads(line) for line in lines]
+
+
+def parsed_options(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", default="results/curvature", help="for all that is written")
+    parser.add_argument("--problems", nargs="+", choices=UPDATES, default=list(UPDATES))
+    parser.add_argument("--optimizers", nargs="+", choices=STYLES, default=list(STYLES))
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes, one thread each")
+    parser.add_argument("--rates", type=int, default=5, help="learning rates of the search")
+    parser.add_argument("--seeds", type=int, default=5, help="with the best of them")
+    parser.add_argument("--updates-factor", type=float, default=1.0, help="for shorter runs")
+    options = parser.parse_args(arguments)
+    for name in ("jobs", "rates", "seeds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1. Received: {getattr(options, name)}")
+    if not 0 < options.updates_factor < 1000:
+        received = f"Received: {options.updates_factor}"
+        parser.error(f"--updates-factor must lie between 0 and 1000. {received}")
+    return options
+
+
+def main(arguments=None):
+    options = parsed_options(arguments)
+    folder = pathlib.Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log, records = open_log(folder / "runs.jsonl")
+    known = {}  # problem, optimizer -> rate, seed -> record
+    for problem, optimizer in itertools.product(options.problems, options.optimizers):
+        if optimizer != "lbfgs" or problem in FULL_BATCH:
+            known[problem, optimizer] = {}
+    updates = {n: max(POINTS, round(UPDATES[n] * options.updates_factor)) for n in options.problems}
+
+    def add(record):
+        pair = record["problem"], record["optimizer"]
+        if pair in known and record["updates"] == updates[pair[0]]:
+            known[pair][record["rate"], record["seed"]] = record
+
+    def planned(pair):
+        return plan(known[pair], pair[1], options.rates, options.seeds)
+
+    for record in records:
+        add(record)
+    tasks = [
+        (*pair, updates[pair[0]], options.rates, options.seeds, runs)
+        for pair, runs in known.items()
+    ]
+    total = sum((o != "lbfgs") * options.rates + options.seeds for _, o in known)
+    done = sum(run in runs for pair, runs in known.items() for run in planned(pair))
+    # Off a terminal no bar, but a line for each run.
+    with log, tqdm.tqdm(total=total, initial=done, unit="run", disable=None) as bar:
+        for record in work_in_processes(tasks, options.jobs) if done < total else ():
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            add(record)
+            done += 1
+            text = f"{record['problem']}, {record['optimizer']}, rate {record['rate']}"
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+            if bar.disable:
+                print(f"{done}/{total}: {text}, seed {record['seed']}", flush=True)
+    records = [runs[run] for pair, runs in known.items() for run in planned(pair)]
+    write_report(folder, records, machine(), options.jobs)
+
+
+if __name__ == "__main__":
+    main()
