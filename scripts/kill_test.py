@@ -61,7 +61,17 @@ def kill(process, generator):
         except psutil.NoSuchProcess:
             pass
     process.wait()
-    psutil.wait_procs(family, timeout=60)
+    deadline = time.monotonic() + 60
+    while not all(map(_has_ended, family)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _has_ended(process):
+    """Also if nobody reaps it, as in containers: psutil would wait for that."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_worker(process):
