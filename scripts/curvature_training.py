@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 from scipy.optimize import minimize
 
-import nlcg_tf
 from scripts.curvature_report import POINTS, SEARCH_SEED
+from trainers import optimizers
 
 
 def make_training(problem, optimizer, updates):
@@ -22,17 +22,14 @@ def make_training(problem, optimizer, updates):
 
 
 def make_optimizer(name):
-    """A Keras optimizer by its name in `STYLES`; the rate is set later."""
-    if name == "momentum":
-        return keras.optimizers.SGD(momentum=0.9)
-    if name == "nesterov":
-        return keras.optimizers.SGD(momentum=0.9, nesterov=True)
-    if name == "adam":
-        return keras.optimizers.Adam()
-    return nlcg_tf.NLCG(
-        update_rule="polak_ribiere" if "-pr" in name else "fletcher_reeves",
-        preconditioner=None if "noprec" in name else "bfgs",
-        line_search=None if "nosearch" in name else "online",
+    """The trainers' optimizer by its name in `STYLES`; the rate is set later."""
+    kind, *without = name.split("-")
+    return optimizers.make_optimizer(
+        kind,
+        0.01,
+        update_rule="polak_ribiere" if "pr" in without else "fletcher_reeves",
+        preconditioner=None if "noprec" in without else "bfgs",
+        line_search=None if "nosearch" in without else "online",
     )
 
 

@@ -66,9 +66,10 @@ def parse(argv):
 def _saved_flags(folder):
     try:
         saved = json.loads((folder / "flags.json").read_text())["flags"]
-        return {"trainer": saved["trainer"], "classes": saved["classes"], **saved}
+        saved["trainer"], saved["classes"]  # every run has them
     except (ValueError, KeyError) as error:
         raise SystemExit(f"error: {folder / 'flags.json'} is not of a run: {error}") from None
+    return saved
 
 
 def _newest(path):

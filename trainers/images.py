@@ -1,7 +1,8 @@
 """From the bytes of a photo to an image for the model, and batches that survive damaged ones.
 
 A JPEG is decoded inside its crop only, and that part has the very bits that decoding the whole
-would give. All else that a file may hold ends in a `tf.errors.InvalidArgumentError`.
+would give. What the decoder cannot read ends in a `tf.errors.InvalidArgumentError`; it conceals
+some damage inside a file.
 """
 
 import re

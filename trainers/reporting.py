@@ -87,11 +87,9 @@ class Reporter(Silent):
                 for r in _parsed(metrics)
                 if (r["epoch"] <= epochs if r["type"] == "epoch" else r["update"] <= updates)
             ]
-        partial = metrics.with_suffix(".partial")
-        partial.write_text("".join(_line(record) for record in self.records))
-        partial.replace(metrics)
+        _replace(metrics, "".join(_line(record) for record in self.records))
         description = {"flags": flags, "versions": versions(), "git_revision": git_revision()}
-        (self.folder / "flags.json").write_text(json.dumps(description, indent=2) + "\n")
+        _replace(self.folder / "flags.json", json.dumps(description, indent=2) + "\n")
         # Of a run that is started again after its end the summary stays.
         self._finished_before = epochs == self.epochs and (self.folder / "summary.json").exists()
         self._metrics = metrics.open("a")
@@ -139,7 +137,7 @@ class Reporter(Silent):
     def finish(self, summary):
         if not self._finished_before:
             text = json.dumps(_finite(summary), indent=2) + "\n"
-            (self.folder / "summary.json").write_text(text)
+            _replace(self.folder / "summary.json", text)
         plot_curves(self.records, self.folder / "curves.png")
         if not math.isfinite(summary["loss"]):
             self.say("warning: training diverged, the loss is not finite")
@@ -160,6 +158,13 @@ def _finite(record):
     """JSON has no NaN: such values become null."""
     bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
     return {**record, **dict.fromkeys(bad)}
+
+
+def _replace(path, text):
+    """Writes a file so that a kill leaves the old one or the new one, never a half."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _line(record):

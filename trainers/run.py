@@ -1,5 +1,6 @@
 """One run of a trainer, from flags to summary; the trainers differ in data, model and schedule."""
 
+import os
 import pathlib
 import sys
 
@@ -128,7 +129,7 @@ def _train(state, task, trainer, cluster, folder):
             lines = dry_run.summary(task, trainer.model, plan, done)
             described = {"trainer": task.trainer, "classes": task.classes}
             described.update(FLAGS.flag_values_dict(), class_names=task.class_names)
-            if FLAGS.data_dir:
+            if FLAGS.data_dir and os.path.isdir(FLAGS.data_dir):  # no address as gs://...
                 described["data_dir"] = str(pathlib.Path(FLAGS.data_dir).absolute())
             reporter.start(described, lines, done, state.record.get("epoch", 0))
         except (ValueError, OSError) as error:
