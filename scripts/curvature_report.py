@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 POINTS = 50  # of a curve, besides the one before the first update
-SEARCH_SEED = 0
+SEARCH_SEEDS = (0, 1)
 TOLERANCE = 1.1  # final losses up to this times the best count as good
 # Label, colour of Okabe and Ito (for colour-blind readers), line, marker. Among NLCG's variants the
 # colour tells preconditioner and line search, the line Fletcher-Reeves from Polak-Ribiere.
@@ -38,9 +38,18 @@ def final_loss(record):
     return math.inf if record["final_loss"] is None else record["final_loss"]
 
 
+def worst_runs(search):
+    """The run with the highest final loss of each rate, in the order of the rates."""
+    rates = sorted({record["rate"] for record in search})
+    return [
+        max((r for r in search if r["rate"] == rate), key=lambda r: (r["diverged"], final_loss(r)))
+        for rate in rates
+    ]
+
+
 def best_rate(search):
-    """The rate of the lowest final loss; a diverged run is chosen only where all diverged."""
-    best = min(search, key=lambda record: (record["diverged"], final_loss(record)))
+    """The rate whose worst run is best: one that works for one seed alone is not chosen."""
+    best = min(worst_runs(search), key=lambda record: (record["diverged"], final_loss(record)))
     return best["rate"]
 
 
@@ -66,8 +75,9 @@ def rate_range(search):
         most `TOLERANCE` times the best, and whether the range ends with the grid, so that it may
         be wider.
     """
-    search = sorted(search, key=lambda record: record["rate"])
-    rates, losses = [r["rate"] for r in search], [final_loss(r) for r in search]
+    worst = worst_runs(search)
+    rates = [r["rate"] for r in worst]
+    losses = [math.nan if r["diverged"] else final_loss(r) for r in worst]
     low = high = rates.index(best_rate(search))
     limit = TOLERANCE * losses[low]
     while low > 0 and losses[low - 1] <= limit:
@@ -90,8 +100,8 @@ def by_optimizer(records, problem):
     for name in STYLES:
         runs = [r for r in records if r["problem"] == problem and r["optimizer"] == name]
         if runs:
-            search = [r for r in runs if r["seed"] == SEARCH_SEED]
-            groups[name] = search, [r for r in runs if r["seed"] != SEARCH_SEED]
+            search = [r for r in runs if name != "lbfgs" and r["seed"] in SEARCH_SEEDS]
+            groups[name] = search, [r for r in runs if r not in search]
     return groups
 
 
@@ -115,8 +125,10 @@ def _row(name, search, runs, target):
         rate = best_rate(search)
         rates = f"{rate:g}" + ("*" if len(grid) > 1 and rate in (grid[0], grid[-1]) else "")
         low, high, is_cut = rate_range(search)
-        allowed = f"{'≥ ' if is_cut else ''}{high / low:.3g}"
-        if all(record["diverged"] for record in search):
+        # Rates are rounded halves of decades: 3.2 = 10^(1/2).
+        width = 10 ** (round(2 * math.log10(high / low)) / 2)
+        allowed = f"{'≥ ' if is_cut else ''}{width:.2g}"
+        if all(record["diverged"] for record in worst_runs(search)):
             allowed = "none"
     reached = ["", "", ""]
     if target is not None:
@@ -124,6 +136,10 @@ def _row(name, search, runs, target):
         count = sum(map(math.isfinite, updates))
         reached = [_show(updates, 5), _show(seconds), f"{count}/{len(runs)}"]
     errors = [math.inf if r["error"] is None else r["error"] for r in runs]
+    shown = {}
+    for column, key in (("h", "median_h"), ("cosine", "cosine")):
+        values = [r["diagnostics"].get(key) for r in runs]
+        shown[column] = "" if None in values else f"{quartiles(values)[1]:.2g}"
     diverged = [f"{sum(r['diverged'] for r in part)}/{len(part)}" for part in (search, runs)]
     return {
         "optimizer": STYLES[name][0],
@@ -133,28 +149,34 @@ def _row(name, search, runs, target):
         "updates to target": reached[0],
         "seconds to target": reached[1],
         "reached": reached[2],
+        "updates done": f"{quartiles([r['curve']['updates'][-1] for r in runs])[1]:,.0f}",
         "seconds of a run": _show([record["seconds"] for record in runs]),
         "range of rates": allowed,
         "diverged, search": diverged[0] if search else "",
         "diverged": diverged[1],
+        **shown,
     }
 
 
-def table(records, machine, jobs):
-    """The text of table.md."""
+def table(records, made):
+    """The text of table.md; `made` says how and where the records were."""
     lines = [
         "# Where curvature matters",
         "",
-        f"`python -m scripts.study_curvature --jobs={jobs}`, {machine['processor']}, "
-        f"{machine['cores']} cores, one thread a process. Median (and quartiles) over the seeds "
-        "with the best rate; ∞: never reached, or not finite.",
+        f"`{made['command']}`, revision {made['revision']}, {made['processor']}, {made['cores']} "
+        "cores, one thread a process. Median (and quartiles) over the seeds with the best rate; ∞: "
+        "never reached, or not finite.",
         "",
-        "- rate: the one of the search with the lowest final loss; *: at an end of its grid.",
+        "- rate: the one of the search whose worse run ends lowest; *: at an end of its grid.",
         "- final loss: after the last update, over all data; for the autoencoders above the "
         "entropy of the pixels, the least there can be.",
-        "- target: the median final loss of Adam. Reached: by how many runs.",
+        "- target: the median final loss of Adam. Reached: by how many runs. Curves have "
+        f"{POINTS} points.",
+        "- updates done: fewer than allowed where L-BFGS finds no lower loss any more.",
         f"- range of rates: highest over lowest of the neighbouring rates with a final loss within "
-        f"{TOLERANCE - 1:.0%} of the best, seed {SEARCH_SEED}; ≥: cut by the end of the grid.",
+        f"{TOLERANCE - 1:.0%} of the best (the worse of two seeds); ≥: cut by the end of the grid.",
+        "- h, cosine: median of the preconditioner over the parameters, and of the angle between "
+        "direction and negative gradient, after the last update.",
         "- diverged: final loss above the initial one, or not finite.",
     ]
     for problem in TITLES:
@@ -164,7 +186,7 @@ def table(records, machine, jobs):
         target = target_loss(groups)
         rows = [_row(name, *group, target) for name, group in groups.items()]
         # No column that is empty for this problem.
-        columns = [name for name in rows[0] if any(row[name] for row in rows)]
+        columns = [column for column in rows[0] if any(row[column] for row in rows)]
         goal = "no target" if target is None else f"target loss {target:.4g}"
         updates = next(iter(groups.values()))[1][0]["updates"]
         lines += ["", f"## {TITLES[problem]}", "", f"{updates:,} updates a run, {goal}.", ""]
@@ -239,30 +261,34 @@ def plot_losses(records, axis, paths):
 
 
 def plot_sensitivity(records, paths):
-    """Final loss of the search against the rate; those far above the initial loss lie on top."""
-    figure, panels = _panels(records, "final loss (dotted: initial)", "learning rate")
+    """Final loss of the search's worse run against the rate; x: diverged; dotted: initial loss."""
+    figure, panels = _panels(records, "final loss, worse of two seeds", "learning rate")
     for problem, panel in panels.items():
-        initial = 0.0
-        for name, (search, _) in by_optimizer(records, problem).items():
-            search = sorted(search, key=lambda record: record["rate"])
+        groups = by_optimizer(records, problem)
+        starts = [r["curve"]["loss"][0] for search, _ in groups.values() for r in search]
+        initial = max(starts, default=1.0)
+        for name, (search, _) in groups.items():
             if not search:
                 continue
-            initial = max(initial, search[0]["curve"]["loss"][0])
-            losses = [min(final_loss(record), 1.5 * initial) for record in search]
-            rates = [record["rate"] for record in search]
-            panel.plot(rates, losses, linewidth=1.4, **_line_style(name))
+            worst = worst_runs(search)
+            rates = np.array([record["rate"] for record in worst])
+            losses = np.array([min(final_loss(record), 1.5 * initial) for record in worst])
+            lost = np.array([record["diverged"] for record in worst], bool)
+            style = _line_style(name)
+            panel.plot(rates, losses, linewidth=1.4, markevery=np.flatnonzero(~lost), **style)
+            panel.plot(rates[lost], losses[lost], "x", color=style["color"], markersize=6)
         panel.set_xscale("log")
         panel.set_ylim(top=2 * initial)
         panel.axhline(initial, color="black", linewidth=0.8, linestyle=":")
     _save(figure, panels, paths)
 
 
-def write_report(folder, records, machine, jobs):
+def write_report(folder, records, made):
     """Writes table.md, loss_updates.png and .svg, loss_seconds.png and sensitivity.png."""
     import matplotlib
 
     matplotlib.use("Agg")
-    (folder / "table.md").write_text(table(records, machine, jobs))
+    (folder / "table.md").write_text(table(records, made))
     updates_paths = [folder / "loss_updates.png", folder / "loss_updates.svg"]
     plot_losses(records, "updates", updates_paths)
     plot_losses(records, "seconds", [folder / "loss_seconds.png"])

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.optimize import minimize
 
-from scripts.curvature_report import POINTS, SEARCH_SEED
+from scripts.curvature_report import POINTS, SEARCH_SEEDS
 from trainers import optimizers
 
 
@@ -64,14 +64,20 @@ class KerasTraining(Training):
         self.optimizer = optimizer
         optimizer.build(self.weights)
         self.initial_state = [keras.ops.convert_to_numpy(v) for v in optimizer.variables]
-        self.order = tf.Variable(self.epochs(SEARCH_SEED))
+        self.order = tf.Variable(self.epochs(SEARCH_SEEDS[0]))
         self.train = tf.function(self.train, autograph=False)
         self.evaluate = tf.function(self.loss, autograph=False)
         self.train(tf.constant(0), tf.constant(1))
         self.evaluate()
 
     def diagnostics(self):
-        return self.optimizer.diagnostics() if hasattr(self.optimizer, "diagnostics") else {}
+        if not hasattr(self.optimizer, "diagnostics"):
+            return {}
+        figures = self.optimizer.diagnostics()
+        if self.optimizer.preconditioner:
+            h = [np.ravel(slot.numpy()) for slot in self.optimizer.slots["hessian_diagonal"]]
+            figures["median_h"] = float(np.median(np.concatenate(h)))
+        return figures
 
     def epochs(self, seed):
         """The examples of each update: permutations of all, one after another."""
@@ -143,7 +149,8 @@ class LBFGSTraining(Training):
     def run(self, rate, seed):
         """As `KerasTraining.run`; a point of the curve is an accepted iterate.
 
-        The curve ends early where the line search finds no lower loss any more.
+        Where float32 gradients mislead the line search, it begins anew from the last iterate, with
+        nothing remembered. The curve ends early where that finds no lower loss either.
         """
         del rate
         start = np.concatenate([w.ravel() for w in self.initial_weights(seed)]).astype(np.float64)
@@ -163,16 +170,18 @@ class LBFGSTraining(Training):
                 curve.append((evaluations, time.perf_counter() - began, intermediate_result.fun))
                 accepted = intermediate_result.x.copy()
 
-        limits = {"maxfun": self.updates, "maxiter": self.updates}
-        began = time.perf_counter()
-        minimize(
-            value_and_gradient,
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            callback=note,
-            options={"maxcor": 20, "ftol": 0, "gtol": 0, **limits},
-        )
+        began, points = time.perf_counter(), -1
+        while len(curve) > points and evaluations < self.updates:
+            points = len(curve)
+            left = self.updates - evaluations
+            minimize(
+                value_and_gradient,
+                accepted,
+                jac=True,
+                method="L-BFGS-B",
+                callback=note,
+                options={"maxcor": 20, "ftol": 0, "gtol": 0, "maxfun": left, "maxiter": left},
+            )
         self.assign(tf.constant(accepted, tf.float32))
         kept = np.unique(np.linspace(0, len(curve) - 1, POINTS + 1).round().astype(int))
         return [curve[i] for i in kept]

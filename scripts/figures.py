@@ -9,7 +9,8 @@ from matplotlib import pyplot, ticker
 # which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS = "osD^vPX*"
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1)), (0, (1, 1)))
+# Seven, not eight as above: so 56 combinations come before the first again.
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1)))
 COLUMNS = 4
 DIAGNOSTICS = {
     "beta": "beta",
@@ -79,7 +80,10 @@ def save(figure, axes, out, name, title=None):
 def draw_accuracy_batch(summary, look, out, name, title):
     """Top-1 against batch size, a panel for each length of training."""
     sizes = summary.groupby("epochs")["global_batch_size"].nunique()
-    lengths = [e for e in sizes.index if sizes[e] > 1] or list(sizes.index)
+    # What draw_accuracy_epochs shows and has one batch size needs no panel here.
+    others = summary.groupby("global_batch_size")["epochs"].transform("nunique")
+    alone = set(summary["epochs"][others == 1])
+    lengths = [e for e in sizes.index if sizes[e] > 1 or e in alone]
     figure, columns = panels(len(lengths), width=4.6, height=3.6, sharey=True)
     for (axis,), epochs in zip(columns, lengths):
         part = summary[summary["epochs"] == epochs]
@@ -117,7 +121,7 @@ def _draw_accuracy(axis, summary, x, look, spread=1.0):
         axis.errorbar(
             places,
             100 * part["top1"],
-            100 * part["top1_std"].fillna(0),
+            100 * part["top1_std"],  # none for a single seed
             label=name,
             capsize=2,
             markersize=5,

@@ -27,11 +27,13 @@ IMAGENET_EXAMPLES = 1281167
 def read_curves(runs):
     """The logged steps of one run for each optimizer and batch size.
 
-    Of each it is the lowest seed, at the paper's rate, of the length that was run most.
+    Of each it is the lowest seed that finished or diverged, at the common rate, of the length that
+    most have.
     """
-    runs = runs[runs["learning_rate_factor"] == 1].dropna(subset=results.POINT)
+    runs = runs[runs["status"].isin(["finished", "diverged"])]
     if runs.empty:
         return {}
+    runs, _ = result_tables.with_common_factor(runs)
     runs = runs[runs["epochs"] == runs["epochs"].mode()[0]].astype({"global_batch_size": int})
     curves = {}
     for _, run in runs.sort_values("seed", kind="stable").iterrows():
@@ -62,14 +64,19 @@ def draw_schedule(batch, lengths, out):
 def draw_runs(folders, out):
     runs = results.read_runs(folders)
     results.write_csv(runs, out / "runs.csv")
+    count, runs = len(runs), result_tables.count_once(runs)
+    if len(runs) < count:
+        print(f"{count - len(runs)} runs repeat another's settings and seed and are left out")
     text = result_tables.table(runs)
     (out / "table.md").write_text(text)
     print(text)
     look = figures.styles(list(runs["optimizer"].unique()))
-    paper = result_tables.summarise(runs[runs["learning_rate_factor"] == 1])
-    if len(paper):
-        figures.draw_accuracy_batch(paper, look, out, "accuracy_batch", "the paper's rate")
-        figures.draw_accuracy_epochs(paper, look, out)
+    common, factor = result_tables.with_common_factor(runs)
+    common = result_tables.summarise(common)
+    if len(common):
+        title = result_tables.factor_title(factor)
+        figures.draw_accuracy_batch(common, look, out, "accuracy_batch", title)
+        figures.draw_accuracy_epochs(common, look, out)
     if result_tables.has_search(runs):
         best = result_tables.tuned(runs)
         figures.draw_accuracy_batch(best, look, out, "accuracy_batch_tuned", "tuned rate")

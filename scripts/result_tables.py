@@ -21,6 +21,20 @@ def summarise(runs, keys=(*POINT, "learning_rate_factor")):
     return counts.reset_index()
 
 
+def count_once(runs):
+    """The runs without those that repeat another, as two sweeps may; finished ones stay."""
+    keys = [*POINT, "learning_rate_factor", "seed"]
+    order = (runs["status"] != "finished").sort_values(kind="stable").index
+    return runs.loc[runs.loc[order].drop_duplicates(subset=keys).index.sort_values()]
+
+
+def with_common_factor(runs):
+    """The runs at one factor on the learning rate, 1 or else the most frequent, and that factor."""
+    factors = runs["learning_rate_factor"]
+    factor = 1.0 if factors.eq(1).any() else factors.mode()[0]
+    return runs[factors == factor], factor
+
+
 def has_search(runs):
     """Whether runs differ in the factor on the learning rate."""
     return runs.dropna(subset=POINT)["learning_rate_factor"].nunique() > 1
@@ -49,10 +63,16 @@ def tuned(runs):
 def table(runs):
     """The text of table.md."""
     lines = ["# Top-1 accuracy on the test images", ""]
-    lines += ["Mean ± sample standard deviation over the seeds that finished, in %; n seeds.", ""]
-    paper = summarise(runs[runs["learning_rate_factor"] == 1])
-    for epochs in sorted(paper["epochs"].unique()):
-        lines += _tables(paper[paper["epochs"] == epochs], f"{epochs} epochs, the paper's protocol")
+    lines += [
+        "Mean ± sample standard deviation over the seeds that finished, in %; n seeds. Diverged: "
+        "the loss of the last epoch was not finite.",
+        "",
+    ]
+    common, factor = with_common_factor(runs)
+    common = summarise(common)
+    for epochs in sorted(common["epochs"].unique()):
+        title = f"{epochs} epochs, {factor_title(factor)}"
+        lines += _tables(common[common["epochs"] == epochs], title)
     if has_search(runs):
         best = tuned(runs)
         factors = ", ".join(f"{f:g}" for f in sorted(runs["learning_rate_factor"].unique()))
@@ -70,7 +90,13 @@ def table(runs):
             code = "" if pd.isna(run["exit_status"]) else f"{run['exit_status']:.0f}"
             lines.append(f"| {run['run']} | {run['status']} | {code} |")
         lines.append("")
+    revisions = sorted(runs["git_revision"].dropna().unique())
+    lines += [f"Revisions of the code: {', '.join(revisions) or 'unknown'}.", ""]
     return "\n".join(lines)
+
+
+def factor_title(factor):
+    return "one schedule for all" + (f", its rate times {factor:g}" if factor != 1 else "")
 
 
 def _tables(summary, title, with_factor=False):

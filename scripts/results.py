@@ -17,6 +17,8 @@ OPTIMIZERS = {
     "nlcg_pr": ("NLCG-PR", {"optimizer": "nlcg", "update_rule": "polak_ribiere"}),
     "momentum": ("Momentum", {"optimizer": "momentum"}),
     "nesterov": ("Nesterov", {"optimizer": "nesterov"}),
+    "momentum_tf1": ("Momentum, TF1", {"optimizer": "momentum_tf1"}),
+    "nesterov_tf1": ("Nesterov, TF1", {"optimizer": "nesterov_tf1"}),
     "lars": ("LARS", {"optimizer": "lars"}),
     "rmsprop": ("RMSProp", {"optimizer": "rmsprop"}),
     "sgd": ("SGD", {"optimizer": "sgd"}),
@@ -87,7 +89,8 @@ def read_runs(folders):
     names = _with_variants(names, flags)
     runs = pd.DataFrame([_record(run, names[run], flags[run]) for run in flags])
     for column in SETTINGS + FIGURES:
-        runs[column] = pd.to_numeric(runs[column])
+        # What is no number, as a seed of a run that failed for it, is left out.
+        runs[column] = pd.to_numeric(runs[column], errors="coerce")
     runs["order"] = runs["optimizer"].map(_order)
     runs = runs.sort_values(["order", *POINT, *SETTINGS[2:]], ignore_index=True)
     return runs.drop(columns="order")
@@ -140,6 +143,7 @@ def _flags(run, definition):
 
 def _record(run, name, flags):
     summary, described = read_json(run / "summary.json"), read_json(run / "flags.json")
+    here = pathlib.Path.cwd()
     return {
         "run": run.name,
         "optimizer": name,
@@ -151,7 +155,7 @@ def _record(run, name, flags):
         **{key: summary.get(key) for key in FIGURES},
         "optimizer_flag": flags.get("optimizer"),
         "git_revision": described.get("git_revision"),
-        "folder": str(run),
+        "folder": str(run.relative_to(here) if run.is_relative_to(here) else run),
     }
 
 
@@ -169,18 +173,26 @@ def _with_variants(names, flags):
         for key, value in flags[run].items():
             if key not in NO_VARIANT:
                 values = varying.setdefault(name, {}).setdefault(key, set())
-                values.add(json.dumps(value))
+                values.add(_number(value))
     return {
         run: " ".join(
             [name]
             + [
-                f"{key}={flags[run].get(key)}"
+                f"{key}={_number(flags[run].get(key))}"
                 for key, values in varying.get(name, {}).items()
                 if len(values) > 1
             ]
         )
         for run, name in names.items()
     }
+
+
+def _number(value):
+    """A flag of a run that has not begun may still be text: "1e-4" is 0.0001."""
+    try:
+        return f"{float(value):g}" if not isinstance(value, bool) else str(value)
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _order(name):

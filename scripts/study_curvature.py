@@ -2,8 +2,8 @@
 
 Small ill-conditioned problems (curvature_problems.py); NLCG with and without preconditioner and
 line search beside Momentum, Nesterov, Adam and, where all data are in each update, L-BFGS. Each
-optimizer gets the same search: `--rates` constant learning rates with seed 0, then `--seeds` more
-seeds with the rate that had the lowest final loss. L-BFGS has no rate.
+optimizer gets the same search: `--rates` constant learning rates with two seeds, then `--seeds`
+more seeds with the rate whose worse final loss of the two was lowest. L-BFGS has no rate.
 
 An update is one gradient evaluation. Times are those of the updates alone: no tracing, none of the
 evaluations of the loss over all data from which the curves are made.
@@ -22,22 +22,23 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import shlex
 import signal
 import sys
 
 import tqdm
 
 from scripts.benchmarks import machine
-from scripts.curvature_report import POINTS, SEARCH_SEED, STYLES, best_rate, write_report
+from scripts.curvature_report import POINTS, SEARCH_SEEDS, STYLES, best_rate, write_report
 
 # Gradient evaluations of a run: the budget.
 UPDATES = {
-    "autoencoder": 4000,
-    "autoencoder_256": 15_000,
-    "poisson": 20_000,
-    "burgers": 7000,
-    "resnet_plain": 1500,
-    "adding": 6000,
+    "autoencoder": 2500,
+    "autoencoder_256": 9000,
+    "poisson": 12_000,
+    "burgers": 4000,
+    "resnet_plain": 1000,
+    "adding": 5000,
 }
 FULL_BATCH = ("autoencoder", "poisson", "burgers")
 # The middle of the grid of learning rates, in half decades: 10^(middle / 2).
@@ -63,10 +64,10 @@ def plan(known, optimizer, rates, seeds):
     Returns:
         List of (rate, seed): those of the search, then, if all of that is known, the others.
     """
-    seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + seeds)
+    seeds = range(len(SEARCH_SEEDS), len(SEARCH_SEEDS) + seeds)
     if optimizer == "lbfgs":
         return [(None, seed) for seed in seeds]
-    search = [(rate, SEARCH_SEED) for rate in learning_rates(optimizer, rates)]
+    search = list(itertools.product(learning_rates(optimizer, rates), SEARCH_SEEDS))
     if any(run not in known for run in search):
         return search
     best = best_rate([known[run] for run in search])
@@ -80,13 +81,15 @@ def missing_runs(problem_name, optimizer, updates, rates, seeds, known):
         if training is None:
             # TensorFlow is imported in the processes that train only.
             from scripts import curvature_problems, curvature_training
+            from trainers.reporting import git_revision
 
+            revision = git_revision()
             problem = curvature_problems.PROBLEMS[problem_name]()
             training = curvature_training.make_training(problem, optimizer, updates)
         rate, seed = missing[0]
         curve = training.run(rate, seed)
         record = {"problem": problem_name, "optimizer": optimizer, "updates": updates}
-        record |= {"rate": rate, "seed": seed, **results(training, curve)}
+        record |= {"rate": rate, "seed": seed, "revision": revision, **results(training, curve)}
         known[rate, seed] = record
         yield record
 
@@ -174,11 +177,11 @@ def open_log(path):
 
 def parsed_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", default="results/curvature", help="for all that is written")
+    parser.add_argument("--folder", default="runs/curvature", help="for all that is written")
     parser.add_argument("--problems", nargs="+", choices=UPDATES, default=list(UPDATES))
     parser.add_argument("--optimizers", nargs="+", choices=STYLES, default=list(STYLES))
     parser.add_argument("--jobs", type=int, default=2, help="worker processes, one thread each")
-    parser.add_argument("--rates", type=int, default=5, help="learning rates of the search")
+    parser.add_argument("--rates", type=int, default=7, help="learning rates of the search")
     parser.add_argument("--seeds", type=int, default=5, help="with the best of them")
     parser.add_argument("--updates-factor", type=float, default=1.0, help="for shorter runs")
     options = parser.parse_args(arguments)
@@ -196,6 +199,7 @@ def main(arguments=None):
     folder = pathlib.Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     log, records = open_log(folder / "runs.jsonl")
+    made = {**machine(), "jobs": options.jobs}
     known = {}  # problem, optimizer -> rate, seed -> record
     for problem, optimizer in itertools.product(options.problems, options.optimizers):
         if optimizer != "lbfgs" or problem in FULL_BATCH:
@@ -211,16 +215,24 @@ def main(arguments=None):
         return plan(known[pair], pair[1], options.rates, options.seeds)
 
     for record in records:
+        # Times of other machines, or of other loads on this one, cannot stand in one table.
+        if record.get("made") != made:
+            sys.exit(
+                f"error: {log.name} has runs made with {record.get('made')}, not {made}: choose "
+                "another --folder"
+            )
         add(record)
     tasks = [
         (*pair, updates[pair[0]], options.rates, options.seeds, runs)
         for pair, runs in known.items()
     ]
-    total = sum((o != "lbfgs") * options.rates + options.seeds for _, o in known)
+    searches = len(SEARCH_SEEDS) * options.rates
+    total = sum((o != "lbfgs") * searches + options.seeds for _, o in known)
     done = sum(run in runs for pair, runs in known.items() for run in planned(pair))
     # Off a terminal no bar, but a line for each run.
     with log, tqdm.tqdm(total=total, initial=done, unit="run", disable=None) as bar:
         for record in work_in_processes(tasks, options.jobs) if done < total else ():
+            record["made"] = made
             log.write(json.dumps(record) + "\n")
             log.flush()
             add(record)
@@ -231,7 +243,10 @@ def main(arguments=None):
             if bar.disable:
                 print(f"{done}/{total}: {text}, seed {record['seed']}", flush=True)
     records = [runs[run] for pair, runs in known.items() for run in planned(pair)]
-    write_report(folder, records, machine(), options.jobs)
+    revisions = ", ".join(sorted({str(record["revision"]) for record in records}))
+    words = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "scripts.study_curvature", *words])
+    write_report(folder, records, {**made, "command": command, "revision": revisions})
 
 
 if __name__ == "__main__":

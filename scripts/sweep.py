@@ -74,9 +74,9 @@ def lock(folder, shared):
     return file
 
 
-def write_slurm(path, folder, count, discard_checkpoints):
+def write_slurm(path, folder, count, discard_checkpoints, retry_failed):
     words = [sys.executable, "-m", "scripts.sweep", f"--folder={folder}"]
-    words += ["--discard-checkpoints"] * discard_checkpoints
+    words += ["--discard-checkpoints"] * discard_checkpoints + ["--retry-failed"] * retry_failed
     text = SLURM.format(
         last=count - 1,
         log=shlex.quote(str(folder / "slurm-%A_%a.log")),
@@ -180,7 +180,9 @@ def main():
     if options.slurm:
         # An index counts all runs of the folder, those of earlier definitions too.
         count = len(sweep_definition.load(options.folder))
-        write_slurm(options.slurm, options.folder, count, options.discard_checkpoints)
+        write_slurm(
+            options.slurm, options.folder, count, options.discard_checkpoints, options.retry_failed
+        )
         return
     code = sweep.run(options.retry_failed)
     locked.close()

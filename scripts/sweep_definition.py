@@ -12,7 +12,7 @@ KEYS = ("trainer", "launcher", "flags", "optimizers", "grid")
 RESERVED = ("output_dir", "dry_run")
 # Flags that a name shows by a letter, wherever they are given; others only if the grid has them.
 LETTERS = {"global_batch_size": "", "epochs": "e", "learning_rate_factor": "f", "seed": "s"}
-# Flags that may change between two starts: they do not decide what a run computes.
+# Flags that may change between two starts, as the trainers allow.
 HARMLESS = (
     "data_dir",
     "download",
@@ -37,7 +37,10 @@ def from_line(optimizers, batch_sizes, epochs, seeds, vary):
         name, sign, values = word.partition("=")
         if not sign or name in block:
             raise ValueError(f"--vary must be FLAG=VALUE,VALUE with a new flag. Received: {word}")
-        block[name] = [yaml.safe_load(value) for value in values.split(",")]
+        try:
+            block[name] = [yaml.safe_load(value) for value in values.split(",")]
+        except yaml.YAMLError:
+            raise ValueError(f"--vary must be FLAG=VALUE,VALUE. Received: {word}") from None
     chosen = dict(OPTIMIZERS[name] for name in optimizers)
     if len(chosen) < len(optimizers):
         raise ValueError(f"--optimizers names one twice. Received: {' '.join(optimizers)}")
@@ -141,9 +144,9 @@ def save(folder, runs):
             continue
         old, new = ({**r["flags"], "trainer": r["trainer"]} for r in (known[name], run))
         changed = [
-            f"--{key} was {text(old.get(key))}, is {text(new.get(key))}"
+            f"--{key} was {old.get(key)}, is {new.get(key)}"
             for key in {**old, **new}
-            if key not in HARMLESS and text(old.get(key)) != text(new.get(key))
+            if key not in HARMLESS and str(old.get(key)) != str(new.get(key))
         ]
         if changed:
             raise ValueError(
@@ -155,8 +158,8 @@ def save(folder, runs):
     partial.replace(folder / SWEEP_FILE)
 
 
-def text(value):
-    """A flag's value as it stands in a command."""
+def _text(value):
+    """A flag's value as it stands in a name."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -164,9 +167,10 @@ def _name(optimizer, flags, block):
     parts = [optimizer]
     for key, letter in LETTERS.items():
         # Factor 1 is the trainer's default: the same run with and without it.
-        if key in flags and (key != "learning_rate_factor" or text(flags[key]) not in ("1", "1.0")):
-            parts.append(letter + text(flags[key]))
-    parts += [f"{key}={text(flags[key])}" for key in sorted(block) if key not in LETTERS]
+        is_default = key == "learning_rate_factor" and _text(flags.get(key)) in ("1", "1.0")
+        if key in flags and not is_default:
+            parts.append(letter + _text(flags[key]))
+    parts += [f"{key}={_text(flags[key])}" for key in sorted(block) if key not in LETTERS]
     return re.sub(r"[^\w.+=-]+", "_", "-".join(parts))
 
 

@@ -16,13 +16,13 @@ import time
 from tqdm import tqdm
 
 from scripts import results
-from scripts.sweep_definition import text
 
 ROOT = pathlib.Path(__file__).parents[1]
 LOG_LINES = 15
 SAVED = 75  # the trainers' exit status after SIGTERM
-# Ends of a run that are no fault of its own; launchers give 128 + the signal.
-FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+# Ends of a run that are no fault of its own; launchers give 128 + the signal. SIGKILL is not among
+# them: it is how Linux ends what takes too much memory.
+FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = {SAVED, *(-s for s in FROM_OUTSIDE), *(128 + s for s in FROM_OUTSIDE)}
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -182,5 +182,5 @@ def wait_until_free(folder, seconds=30):
 def command(run, folder):
     """The command of a run, as a list of words."""
     flags = {**run["flags"], "output_dir": folder}
-    words = [f"--{name}={text(value)}" for name, value in flags.items()]
+    words = [f"--{name}={value}" for name, value in flags.items()]
     return [*run["launcher"], sys.executable, "-m", run["trainer"], *words]

@@ -49,7 +49,7 @@ class Call:
         (tf.function(call) if graph else call)()
 
     def bits(self):
-        return [v.numpy().tobytes() for v in self.variables if v.is_initialized()]
+        return [v.numpy().tobytes() for v in self.variables]
 
 
 def _set(name, value):
@@ -195,7 +195,7 @@ def fuzz(library, calls, seed):
             dtype = [tf.float32, tf.float64][rng.integers(2)]
             lars = [0.0, 0.01][rng.integers(2)]
             call = Call(int(rng.integers(1000)), dtype, bool(rng.integers(2)), lars)
-            good = dict(call.arguments)
+            good, before = dict(call.arguments), call.bits()
         call.arguments = dict(good)
         if rng.random() < 0.3:
             index = rng.integers(len(SHAPES))
@@ -209,12 +209,15 @@ def fuzz(library, calls, seed):
                 spoilers[name](call)
             except (tf.errors.InvalidArgumentError, IndexError, TypeError, ValueError):
                 pass  # TensorFlow refuses to make such an argument, or another spoiler took it
-        before = call.bits()
+        own, kept = len(before), call.variables[len(before) :]  # by the spoilers
+        before += [v.numpy().tobytes() for v in kept]
         try:
             call.run(library)
             done += 1
         except (tf.errors.OpError, TypeError, ValueError):
             refused += 1
             assert call.bits() == before
-        del call.variables[len(SHAPES) * (4 if good["preconditioner"] else 3) + 2 + bool(lars) :]
+        else:
+            before = call.bits()
+        del call.variables[own:], before[own:]
     return done, refused

@@ -156,6 +156,7 @@ def record(loss, rate=0.1, seed=1, optimizer="adam", curve=((0, 0.0, 8.0), (10, 
         "final_loss": loss,
         "error": 0.25 if finite else None,
         "seconds": seconds[-1],
+        "diagnostics": {},
         "curve": {"updates": updates, "seconds": seconds, "loss": losses},
     }
 
@@ -164,6 +165,10 @@ def test_the_best_rate_has_the_lowest_loss_and_did_not_diverge():
     search = [record(loss, rate) for rate, loss in ((0.1, 3.0), (1.0, 2.0), (10.0, None))]
     assert report.best_rate(search) == 1.0
     assert report.best_rate([record(9.0, 0.1), record(None, 1.0)]) == 0.1
+    # The best run may be of a rate that fails with the other seed.
+    search += [record(loss, rate, seed=0) for rate, loss in ((0.1, 4.0), (1.0, 9.0), (10.0, 1.0))]
+    assert report.best_rate(search) == 0.1
+    assert [r["final_loss"] for r in report.worst_runs(search)] == [4.0, 9.0, None]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +176,7 @@ def test_the_best_rate_has_the_lowest_loss_and_did_not_diverge():
     [
         ((5.0, 2.1, 2.0, 2.2, 9.0), (0.1, 10, False)),
         ((2.1, 5.0, 2.0, 2.3, None), (1, 1, False)),  # neighbours only
+        ((9.0, 8.5, None, 8.4, 9.0), (10, 10, False)),  # diverged: above the initial 8
         ((5.0, 4.0, 3.0, 2.1, 2.0), (10, 100, True)),
     ],
 )
@@ -197,14 +203,17 @@ def test_a_diverged_run_stays_in_the_median():
 
 def test_the_table(tmp_path):
     search = [record(loss, rate, seed=0) for rate, loss in ((0.1, 4.0), (1.0, None))]
-    runs = [record(loss, seed=seed) for seed, loss in ((1, 4.0), (2, 4.5), (3, None))]
-    text = report.table([*search, *runs], {"processor": "a", "cores": 2}, jobs=2)
+    runs = [record(loss, seed=seed) for seed, loss in ((2, 4.0), (3, 4.5), (4, None))]
+    for i, run in enumerate(runs):
+        run["diagnostics"] = {"cosine": 0.1 * i}
+    made = {"processor": "a", "cores": 2, "revision": "b", "command": "c"}
+    text = report.table([*search, *runs], made)
     cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
     # Updates, seconds: all three curves reach the target of 4.5 at their second point.
     assert cells[:2] == ["Adam", "0.1*"] and "target loss 4.5" in text
     assert cells[2] == "4.5 (4 to ∞)" and cells[4] == "10" and cells[6] == "3/3"
-    assert cells[-3:] == ["≥ 1", "1/2", "1/3"]
-    report.write_report(tmp_path, [*search, *runs], {"processor": "a", "cores": 2}, jobs=2)
+    assert cells[7:9] == ["10", "0.5"] and cells[-4:] == ["≥ 1", "1/2", "1/3", "0.1"]
+    report.write_report(tmp_path, [*search, *runs], made)
     assert (tmp_path / "loss_updates.svg").stat().st_size > 1000
 
 
@@ -252,14 +261,14 @@ def test_a_killed_study_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = path.read_text()
-    assert before.count("\n") < 4 and not (tmp_path / "table.md").exists()
+    assert before.count("\n") < 6 and not (tmp_path / "table.md").exists()
     assert start().wait() == 0
     after = path.read_text()
     # The bytes of finished runs stay, each run is there once, and the study is complete.
     assert after.startswith(before[: before.rindex("\n") + 1])
     records = [json.loads(line) for line in after.splitlines()]
     runs = [(r["rate"], r["seed"]) for r in records]
-    assert len(runs) == len(set(runs)) == 4
+    assert len(runs) == len(set(runs)) == 6
     # A run does not depend on what its process did before. Not to the bit: where an array lies in
     # memory decides the order of some sums.
     again = study_curvature.missing_runs("poisson", "nlcg-fr", records[0]["updates"], 2, 2, {})

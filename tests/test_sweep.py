@@ -43,6 +43,8 @@ folder, kind = pathlib.Path(flags["output_dir"]), flags["optimizer"]
 (folder / "cores").write_text(json.dumps([sorted(os.sched_getaffinity(0)), os.getpid()]))
 if kind == "failing":
     print("this is why"), sys.exit(3)
+if kind == "killed":  # as Linux does when memory runs out
+    os.kill(os.getpid(), signal.SIGKILL)
 if kind == "slow" and not (folder / "saved").exists():
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
     (folder / "ready").touch()
@@ -168,6 +170,8 @@ def test_bad_words_and_files_are_errors(tmp_path):
         sweep_definition.parse_flags(["digits"])
     with pytest.raises(ValueError, match="Received: seed=1"):
         sweep_definition.from_line(["nlcg"], None, None, [0], ["seed=1"])
+    with pytest.raises(ValueError, match=r"Received: depth=.$"):
+        sweep_definition.from_line(["nlcg"], None, None, [0], ["depth=["])
     file = tmp_path / "twice.yaml"
     file.write_text("optimizers:\n  A: {optimizer: nlcg}\n  A: {optimizer: sgd}\n")
     with pytest.raises(ValueError, match="'A' stands twice"):
@@ -179,16 +183,17 @@ def test_bad_words_and_files_are_errors(tmp_path):
 
 def test_failed_and_diverged_runs_are_recorded_and_the_others_run(tmp_path):
     folder = tmp_path / "sweep"
-    config = write(tmp_path, stub_definition(tmp_path, "failing", "diverged", "well"))
+    config = write(tmp_path, stub_definition(tmp_path, "failing", "killed", "diverged", "well"))
     done = run([*SWEEP, f"--folder={folder}", config, f"--jobs={CORES}", "--discard-checkpoints"])
     expected = {
         "failing-128-e1-s0": "failed",
+        "killed-128-e1-s0": "failed",
         "diverged-128-e1-s0": "diverged",
         "well-128-e1-s0": "finished",
     }
     assert statuses(folder) == expected and done.returncode == 1, done.stderr
     assert "failing-128-e1-s0: failed" in done.stdout and "    this is why" in done.stdout
-    assert "1 finished, 1 diverged, 1 failed" in done.stdout
+    assert "1 finished, 1 diverged, 2 failed" in done.stdout
     assert not list(folder.glob("runs/*/checkpoints"))
     cores = [json.loads(file.read_text())[0] for file in folder.glob("runs/*/cores")]
     assert {len(part) for part in cores} == {len(os.sched_getaffinity(0)) // CORES}
@@ -208,7 +213,7 @@ def test_failed_and_diverged_runs_are_recorded_and_the_others_run(tmp_path):
     assert done.returncode == 2 and "well-128-e1-s0" in done.stderr
     assert "--depth was None, is 8" in done.stderr
     done = run([*SWEEP, f"--folder={folder}", f"--slurm={tmp_path / 'job.sh'}", *line])
-    assert done.stdout.startswith("4 runs"), done.stderr
+    assert done.stdout.startswith("5 runs"), done.stderr
 
 
 def test_sigterm_lets_the_runs_save_and_a_killed_sweep_leaves_none_behind(tmp_path):
@@ -351,7 +356,7 @@ def test_tables_of_hand_made_runs(run_folders):
     runs = results.read_runs([run_folders])
     text = result_tables.table(runs)
     rows = [
-        "## 10 epochs, the paper's protocol: weights",
+        "## 10 epochs, one schedule for all: weights",
         "| global batch | NLCG-PR | Momentum | SGD |",
         "| 128 | 75.0 (n = 1), 1 diverged | 60.0 ± 14.1 (n = 2) |  |",
         "| 2,048 |  |  | no result, 1 diverged |",
@@ -360,6 +365,7 @@ def test_tables_of_hand_made_runs(run_folders):
         "| 128 | 75.0 (n = 1), factor 1, 1 diverged | 70.0 ± 17.3 (n = 3), factor 4 |  |",
         "| n-1 | diverged |  |",
         "| m-0.25 | unfinished |  |",
+        "Revisions of the code: abc.",
     ]
     places = [text.find(row) for row in rows]
     assert -1 not in places and places == sorted(places), text
@@ -371,6 +377,18 @@ def test_tables_of_hand_made_runs(run_folders):
     assert found == {"Momentum depth=20", "Momentum depth=56", "SGD"}
     with pytest.raises(ValueError, match="there is no folder nowhere"):
         results.read_runs(["nowhere"])
+
+
+def test_what_two_sweeps_share_counts_once(tmp_path):
+    for name, top1 in (("a/0", None), ("b/0", 0.5), ("c/0", 0.5)):
+        make_run(tmp_path, name, top1, learning_rate_factor=0.5, weight_decay="1e-4")
+    make_run(tmp_path, "a/1", 0.7, seed=1, learning_rate_factor=0.5, weight_decay=0.0001)
+    runs = result_tables.count_once(results.read_runs([tmp_path]))
+    text = result_tables.table(runs)
+    # Without a run at the schedule's own rate there is a table, too.
+    assert "## 10 epochs, one schedule for all, its rate times 0.5: weights" in text
+    assert "| global batch | Momentum |" in text and "| 128 | 60.0 ± 14.1 (n = 2) |" in text
+    assert "unfinished" not in text
 
 
 def test_seconds_follow_from_the_throughput_of_the_epochs(run_folders):

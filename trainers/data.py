@@ -128,7 +128,19 @@ def training_batches(data, plan, rank, seed, epoch, first_update):
 
     dataset = tf.data.Dataset.from_tensor_slices(positions.astype(np.int32))
     dataset = dataset.batch(plan.per_worker_batch_size, drop_remainder=True)
-    return dataset.map(prepare, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+    dataset = dataset.map(prepare, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
+    return without_autotuning(dataset)
+
+
+def without_autotuning(dataset):
+    """A dataset whose parallelism stays as it begins: one call a core, at most 16.
+
+    The end of an autotuned iterator can wait for its tuner's next period, up to a minute: the tuner
+    is told to stop before the flag at which it looks is set (TensorFlow 2.21).
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _augment(pixels, draws, padding):
@@ -154,6 +166,7 @@ def test_batches(data, batch_size, rank, workers):
     weights = (indices < len(labels)).astype(np.float32)
     indices = np.minimum(indices, len(labels) - 1)
     dataset = tf.data.Dataset.from_tensor_slices((images[indices], labels[indices], weights))
-    return dataset.batch(batch_size).map(
+    dataset = dataset.batch(batch_size).map(
         lambda x, y, w: (tf.image.per_image_standardization(x), y, w), tf.data.AUTOTUNE
     )
+    return without_autotuning(dataset)

@@ -7,7 +7,8 @@ from absl import flags
 FLAGS = flags.FLAGS
 
 # Vectors of the parameters' size besides weights, gradients, their sums and the moving average.
-SLOTS = {"nlcg": 3, "momentum": 1, "nesterov": 1, "rmsprop": 2, "sgd": 0, "adam": 2, "lars": 1}
+SLOTS = {"nlcg": 3, "momentum": 1, "nesterov": 1, "momentum_tf1": 1, "nesterov_tf1": 1}
+SLOTS |= {"rmsprop": 2, "sgd": 0, "adam": 2, "lars": 1}
 
 
 def summary(task, model, plan, done=0):

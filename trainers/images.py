@@ -10,6 +10,8 @@ import re
 import tensorflow as tf
 from absl import logging
 
+from trainers.data import without_autotuning
+
 # Of ImageNet's channels, for pixels from 0 to 1.
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
@@ -193,22 +195,24 @@ class Batches:
 
     def __iter__(self):
         done = 0
-        while done < len(self):
-            try:
-                for batch in self._pipeline(done):
-                    yield batch
+        try:
+            while done < len(self):
+                try:
+                    for batch in self._pipeline(done):
+                        yield batch
+                        done += 1
+                except tf.errors.InvalidArgumentError as error:
+                    yield self._repaired(done, error)
                     done += 1
-            except tf.errors.InvalidArgumentError as error:
-                yield self._repaired(done, error)
-                done += 1
-            except UNREADABLE as error:
-                raise OSError(_reason(error)) from error
+        except UNREADABLE as error:
+            raise OSError(_reason(error)) from error
 
     def _pipeline(self, first):
         rows = tuple(column[first * self._batch_size :] for column in self._rows)
         dataset = tf.data.Dataset.from_tensor_slices(rows)
         dataset = dataset.map(self._make, tf.data.AUTOTUNE, deterministic=True)
-        return dataset.batch(self._batch_size, drop_remainder=True).prefetch(2)
+        dataset = dataset.batch(self._batch_size, drop_remainder=True).prefetch(2)
+        return without_autotuning(dataset)
 
     def _repaired(self, number, error):
         """Batch `number` with its damaged images replaced."""

@@ -141,14 +141,15 @@ class Trainer:
         if workers.rank() > 0:
             self.epoch_sums.assign([0.0] * 3)
 
-    def loss_scaling(self, done):
-        """In mixed_float16: the loss scale, and how many of `done` updates overflowed."""
-        if not hasattr(self.optimizer, "dynamic_scale"):
-            return {}
-        return {
-            "loss_scale": float(self.optimizer.dynamic_scale),
-            "overflowed_updates": done - int(self.optimizer.iterations),
-        }
+    def diagnostics(self, done):
+        """NLCG's; in mixed_float16 the loss scale, and how many of `done` updates overflowed."""
+        figures = {}
+        if hasattr(self.inner_optimizer, "diagnostics"):
+            figures.update(self.inner_optimizer.diagnostics())
+        if hasattr(self.optimizer, "dynamic_scale"):
+            figures["loss_scale"] = float(self.optimizer.dynamic_scale)
+            figures["overflowed_updates"] = done - int(self.optimizer.iterations)
+        return figures
 
     def learning_rate(self):
         return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
@@ -223,7 +224,8 @@ def train(
     stopped = tf.constant(0.0)
 
     def save():
-        failure = None
+        nonlocal clock
+        failure, saving = None, time.perf_counter()
         with trainer.gathered(workers):
             try:
                 if checkpoints is not None:
@@ -233,20 +235,27 @@ def train(
         # Horovod: nobody goes on, or leaves, before worker 0 has saved
         if sum(workers.sum_over_workers([failure is not None])):
             raise OSError(f"cannot write a checkpoint: {failure or 'see worker 0'}")
+        clock += time.perf_counter() - saving
 
     def commit():
         with trainer.gathered(workers):
             state.commit()
 
+    def note_begun_epoch():
+        """So that an epoch's throughput is that of all its updates, whatever interrupts it."""
+        state.record = {**state.record, "begun_seconds": time.perf_counter() - clock}
+
     def stop_if_told():
         if float(stopped):
+            note_begun_epoch()
             save()
             raise preemption.Preempted
 
     for epoch in range(state.record.get("epoch", 0), plan.epochs):
         first = done - epoch * plan.updates_per_epoch
         reporter.begin_epoch(epoch, plan.updates_per_epoch, first)
-        epoch_began = time.perf_counter()
+        # When this epoch would have begun without the time between its parts and in checkpoints.
+        clock = time.perf_counter() - state.record.get("begun_seconds", 0.0)
         batches = iter(training_batches(epoch, first))
         for _ in range(first, plan.updates_per_epoch):
             # Before the next micro-step, which changes batch norm's statistics.
@@ -266,17 +275,18 @@ def train(
                 workers.check_identical(_without_statistics(trainer))
             if done % plan.updates_per_epoch:  # a whole epoch is saved with its record
                 if intervals.checkpoint_steps and done % intervals.checkpoint_steps == 0:
+                    note_begun_epoch()
                     save()
                 if intervals.commit_steps and done % intervals.commit_steps == 0:
+                    note_begun_epoch()
                     commit()
         stop_if_told()
-        seconds = time.perf_counter() - epoch_began
-        speed = (plan.updates_per_epoch - first) * plan.global_batch_size / seconds
+        speed = plan.updates_per_epoch * plan.global_batch_size / (time.perf_counter() - clock)
         workers.average_moving_statistics(trainer.model)
         workers.check_identical(trainer.variables())
         record = {"epoch": epoch + 1, "update": done, "images_per_second": speed}
         record.update(_training_means(trainer, workers))
-        record.update(trainer.loss_scaling(done))
+        record.update(trainer.diagnostics(done))
         if epoch + 1 == plan.epochs or (epoch + 1) % intervals.evaluation_epochs == 0:
             record.update(_evaluate(trainer, test_batches, workers))
         reporter.epoch(record)
@@ -287,13 +297,13 @@ def train(
         if intervals.commit_steps:
             commit()
     return {
+        **state.record,
         "updates": done,
         "seconds": time.perf_counter() - began,
         "workers": plan.workers,
         "micro_steps": plan.micro_steps,
         "global_batch_size": plan.global_batch_size,
         "peak_memory_bytes": _peak_memory(workers),
-        **state.record,
     }
 
 
@@ -309,10 +319,7 @@ def _peak_memory(workers):
 
 def _step_record(trainer, epoch, done, loss, rate):
     record = {"epoch": epoch + 1, "update": done, "loss": float(loss), "learning_rate": rate}
-    if hasattr(trainer.inner_optimizer, "diagnostics"):
-        record.update(trainer.inner_optimizer.diagnostics())
-    record.update(trainer.loss_scaling(done))
-    return record
+    return {**record, **trainer.diagnostics(done)}
 
 
 def _training_means(trainer, workers):

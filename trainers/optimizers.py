@@ -4,15 +4,18 @@ import keras
 
 import nlcg_tf
 from trainers.lars import LARS
+from trainers.momentum import Momentum
 
-NAMES = ("nlcg", "momentum", "nesterov", "rmsprop", "sgd", "adam", "lars")
+NAMES = ("nlcg", "momentum", "nesterov", "momentum_tf1", "nesterov_tf1")
+NAMES += ("rmsprop", "sgd", "adam", "lars")
 
 
 def make_optimizer(name, schedule, weight_decay=0.0, lars_coefficient=None, **nlcg_arguments):
     """Makes an optimizer with the paper's settings.
 
     Args:
-        name: one of `NAMES`. RMSProp has decay 0.9, momentum 0.9 and epsilon 1.0.
+        name: one of `NAMES`. RMSProp has decay 0.9, momentum 0.9 and epsilon 1.0. Momentum is that
+            of Keras, "_tf1" that of TensorFlow 1, which the paper had.
         schedule: float or `LearningRateSchedule`.
         weight_decay: float, factor of sum(w^2) for LARS, which must see it apart from the gradient;
             for the others it is in the model's loss.
@@ -29,6 +32,8 @@ def make_optimizer(name, schedule, weight_decay=0.0, lars_coefficient=None, **nl
         return optimizers.SGD(schedule, momentum=0.9)
     if name == "nesterov":
         return optimizers.SGD(schedule, momentum=0.9, nesterov=True)
+    if name in ("momentum_tf1", "nesterov_tf1"):
+        return Momentum(schedule, nesterov=name == "nesterov_tf1")
     if name == "rmsprop":
         return optimizers.RMSprop(schedule, rho=0.9, momentum=0.9, epsilon=1.0)
     if name == "sgd":

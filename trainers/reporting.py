@@ -119,9 +119,16 @@ class Reporter(Silent):
                 f"top-1 {record['top1']:.2%}  top-5 {record['top5']:.2%}  "
                 f"(averaged weights {record['averaged_top1']:.2%})  "
             )
+        nlcg = ""
+        if "beta" in record:
+            nlcg = (
+                f"  beta {record['beta']:.2f}  learning-rate scale "
+                f"{record['learning_rate_scale']:.3f}  cosine {record['cosine']:.2g}"
+            )
         self.say(
             f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  {tested}"
             f"train top-1 {record['train_top1']:.2%}  {record['images_per_second']:.0f} images/s"
+            f"{nlcg}"
         )
         if record.get("overflowed_updates"):
             self.say(

@@ -128,7 +128,7 @@ def _train(state, task, trainer, cluster, folder):
             done = int(trainer.updates.numpy())
             lines = dry_run.summary(task, trainer.model, plan, done)
             described = {"trainer": task.trainer, "classes": task.classes}
-            described.update(FLAGS.flag_values_dict(), class_names=task.class_names)
+            described.update(_own_flags(), class_names=task.class_names)
             if FLAGS.data_dir and os.path.isdir(FLAGS.data_dir):  # no address as gs://...
                 described["data_dir"] = str(pathlib.Path(FLAGS.data_dir).absolute())
             reporter.start(described, lines, done, state.record.get("epoch", 0))
@@ -177,6 +177,14 @@ def _plan(task, size):
             raise ValueError(f"--global_batch_size={batch} is not a multiple of {size} workers")
         per_worker = batch // size
     return make_plan(task.examples, batch, per_worker, size, FLAGS.epochs)
+
+
+def _own_flags():
+    """The trainer's flags by their names, without those of absl and TensorFlow."""
+    values = FLAGS.flag_values_dict()
+    modules = {name: FLAGS.find_module_defining_flag(name) for name in values}
+    own = [n for n in values if modules[n] == sys.argv[0] or modules[n].startswith("trainers.")]
+    return {name: values[name] for name in own}
 
 
 def _folder_name(task):

@@ -46,6 +46,38 @@ def run(command, **variables):
     )
 
 
+def run_each(module, cases, folder):
+    """Runs `python -m module` with each of several lists of flags, one after another.
+
+    Each is a fork of one process: importing TensorFlow takes longer than all that they do.
+
+    Returns:
+        A list of finished processes, with stdout and stderr together as text.
+    """
+    code = f"""
+import gc, os, runpy, sys
+import trainers.run
+gc.freeze()  # nothing of this is looked through again when a fork ends
+for i, flags in enumerate({cases!r}):
+    if os.fork():
+        print(os.waitstatus_to_exitcode(os.wait()[1]))
+        continue
+    output = os.open(f"{folder}/output-{{i}}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
+    sys.argv = ["-m", *flags]
+    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+    sys.exit()
+"""
+    result = run([sys.executable, "-u", "-c", code])
+    assert result.returncode == 0, result.stderr
+    return [
+        subprocess.CompletedProcess(
+            flags, int(status), pathlib.Path(folder, f"output-{i}").read_text()
+        )
+        for i, (flags, status) in enumerate(zip(cases, result.stdout.split(), strict=True))
+    ]
+
+
 def horovodrun(*command, workers=2, **variables):
     return run(["horovodrun", "--gloo", "-np", workers, *command], **variables)
 
