@@ -8,8 +8,8 @@ from matplotlib import pyplot, ticker
 # Okabe and Ito's colours, which colour-blind readers can tell apart; grey stands for yellow,
 # which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
-MARKERS = "osD^vPX*"
-# Seven, not eight as above: so 56 combinations come before the first again.
+MARKERS = "osD^vPX*<h"
+# Seven, not eight or ten as above: so 280 combinations come before the first again.
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1)))
 COLUMNS = 4
 DIAGNOSTICS = {

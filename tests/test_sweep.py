@@ -379,6 +379,19 @@ def test_tables_of_hand_made_runs(run_folders):
         results.read_runs(["nowhere"])
 
 
+def test_a_csv_file_stands_for_its_folders(run_folders, tmp_path):
+    runs = results.read_runs([run_folders])
+    file = tmp_path / "runs.csv"
+    results.write_csv(runs[runs["optimizer"] != "SGD"], file)
+    again = results.read_runs([file, run_folders / "deep"])
+    assert list(again.columns) == results.COLUMNS
+    assert result_tables.table(again) == result_tables.table(runs)
+    for text, message in (("a,b\n1,2\n", "it has no column run, optimizer"), ("", "No columns")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"runs\.csv is no table of runs: {message}"):
+            results.read_runs([file])
+
+
 def test_what_two_sweeps_share_counts_once(tmp_path):
     for name, top1 in (("a/0", None), ("b/0", 0.5), ("c/0", 0.5)):
         make_run(tmp_path, name, top1, learning_rate_factor=0.5, weight_decay="1e-4")
