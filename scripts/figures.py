@@ -84,6 +84,8 @@ def draw_accuracy_batch(summary, look, out, name, title):
     others = summary.groupby("global_batch_size")["epochs"].transform("nunique")
     alone = set(summary["epochs"][others == 1])
     lengths = [e for e in sizes.index if sizes[e] > 1 or e in alone]
+    if not lengths:
+        return
     figure, columns = panels(len(lengths), width=4.6, height=3.6, sharey=True)
     for (axis,), epochs in zip(columns, lengths):
         part = summary[summary["epochs"] == epochs]

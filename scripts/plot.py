@@ -1,7 +1,6 @@
 """Tables of run folders, and figures like the paper's: `python -m scripts.plot FOLDER --out=DIR`.
 
 Of all runs below the folders, which may be sweeps, single runs or anything around them, DIR gets
-(the runs.csv of an earlier call may stand for its folders, without the curves)
 
     runs.csv          one line a run, with its status
     table.md          top-1 of the weights and the averaged weights, over the seeds
@@ -62,8 +61,8 @@ def draw_schedule(batch, lengths, out):
     figures.draw_schedule(rates, per_epoch, batch, out)
 
 
-def draw_runs(places, out):
-    runs = results.read_runs(places)
+def draw_runs(folders, out):
+    runs = results.read_runs(folders)
     results.write_csv(runs, out / "runs.csv")
     count, runs = len(runs), result_tables.count_once(runs)
     if len(runs) < count:
@@ -90,23 +89,21 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m scripts.plot", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument(
-        "places", nargs="*", metavar="FOLDER", help="holds runs, at any depth; or a runs.csv"
-    )
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="holds runs, at any depth")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the figures")
     parser.add_argument("--schedule", type=int, metavar="BATCH", help="draw ImageNet's schedule")
     parser.add_argument(
         "--epochs", type=int, nargs="+", default=[90, 150, 180], help="with --schedule: lengths"
     )
     options = parser.parse_args()
-    if bool(options.places) == bool(options.schedule):
+    if bool(options.folders) == bool(options.schedule):
         parser.error("give folders, or --schedule=BATCH")
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         if options.schedule:
             draw_schedule(options.schedule, options.epochs, options.out)
         else:
-            draw_runs(options.places, options.out)
+            draw_runs(options.folders, options.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -65,7 +65,7 @@ def table(runs):
     lines = ["# Top-1 accuracy on the test images", ""]
     lines += [
         "Mean ± sample standard deviation over the seeds that finished, in %; n seeds. Diverged: "
-        "the loss of the last epoch was not finite.",
+        "the loss of the last epoch was not finite; however large, a finite one is in the mean.",
         "",
     ]
     common, factor = with_common_factor(runs)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import tempfile
 
@@ -27,8 +28,6 @@ OPTIMIZERS = {
 SETTINGS = ["global_batch_size", "epochs", "learning_rate_factor", "seed"]
 FIGURES = ["top1", "top5", "averaged_top1", "averaged_top5", "train_top1", "loss", "test_loss"]
 FIGURES += ["updates", "seconds", "images_per_second", "workers", "peak_memory_bytes"]
-COLUMNS = ["run", "optimizer", *SETTINGS, "status", "exit_status", *FIGURES]
-COLUMNS += ["optimizer_flag", "git_revision", "folder"]
 POINT = ["optimizer", "global_batch_size", "epochs"]
 # Flags that do not tell two kinds of run apart: settings, places, how the work is done.
 NO_VARIANT = {
@@ -58,62 +57,49 @@ def status(folder):
     return "diverged" if loss is None or not math.isfinite(loss) else "finished"
 
 
-def read_runs(places):
-    """All runs of some places: below folders, those of a sweep that have not begun too, or in CSV
-    files that `write_csv` made, whose folders need not be there any more.
+def read_runs(folders):
+    """All runs below some folders, those of a sweep that have not begun too.
 
     Returns:
         DataFrame, one line a run: its folder, optimizer (with the flags in which runs of the same
         optimizer differ otherwise), status, settings and the figures of its summary.
 
     Raises:
-        ValueError: if a place is not there, a file is no such CSV file, or no place holds a run.
+        ValueError: if a folder is not there, or none holds a run.
     """
-    places = [pathlib.Path(place) for place in places]
-    tables = [_read_csv(place) for place in places if place.is_file()]
-    tables.append(_read_folders([place for place in places if not place.is_file()]))
-    runs = pd.concat([table for table in tables if len(table)] or [pd.DataFrame()])
-    if runs.empty:
-        raise ValueError(f"no run in {', '.join(map(str, places))}")
-    for column in SETTINGS + FIGURES:
-        # What is no number, as a seed of a run that failed for it, is left out.
-        runs[column] = pd.to_numeric(runs[column], errors="coerce")
-    runs["order"] = runs["optimizer"].map(_order)
-    runs = runs.sort_values(["order", *POINT, *SETTINGS[2:]], ignore_index=True)
-    return runs.drop(columns="order")
-
-
-def _read_csv(file):
-    try:
-        table = pd.read_csv(file)
-    except ValueError as error:
-        raise ValueError(f"{file} is no table of runs: {error}") from None
-    if missing := [column for column in COLUMNS if column not in table]:
-        raise ValueError(f"{file} is no table of runs: it has no column {', '.join(missing)}")
-    return table
-
-
-def _read_folders(folders):
     found, sweeps = set(), set()
-    for folder in folders:
+    for folder in map(pathlib.Path, folders):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
-        below = {file.parent.resolve() for file in folder.rglob("flags.json")}
-        found |= below
-        sweeps |= {file.resolve() for file in folder.rglob(SWEEP_FILE)}
-        sweeps |= {run.parents[1] / SWEEP_FILE for run in below}
+        # Unlike `rglob`, `walk` passes over what is removed meanwhile, such as old checkpoints.
+        for name, inner, files in os.walk(folder.resolve()):
+            inner[:] = set(inner) - {"checkpoints", "tensorboard"}
+            place = pathlib.Path(name)
+            if "flags.json" in files:
+                found.add(place)
+                sweeps.add(place.parents[1] / SWEEP_FILE)
+            if SWEEP_FILE in files:
+                sweeps.add(place / SWEEP_FILE)
     defined = {}
     for file in sweeps:
         for name, run in read_json(file).items():
             defined[file.parent / "runs" / name] = run
     # Those defined outside the folders asked for are not asked for.
     found |= {run for run in defined if any(run.is_relative_to(f) for f in _resolved(folders))}
+    if not found:
+        raise ValueError(f"no run in {', '.join(map(str, folders))}")
     flags = {run: _flags(run, defined.get(run, {})) for run in sorted(found)}
     names = {
         run: defined.get(run, {}).get("optimizer") or _display_name(flags[run]) for run in flags
     }
     names = _with_variants(names, flags)
-    return pd.DataFrame([_record(run, names[run], flags[run]) for run in flags])
+    runs = pd.DataFrame([_record(run, names[run], flags[run]) for run in flags])
+    for column in SETTINGS + FIGURES:
+        # What is no number, as a seed of a run that failed for it, is left out.
+        runs[column] = pd.to_numeric(runs[column], errors="coerce")
+    runs["order"] = runs["optimizer"].map(_order)
+    runs = runs.sort_values(["order", *POINT, *SETTINGS[2:]], ignore_index=True)
+    return runs.drop(columns="order")
 
 
 def read_metrics(folder, batch):

@@ -13,6 +13,7 @@
     grid:                                              # each block: every combination
       - {global_batch_size: [128, 512], seed: [0, 1, 2]}
       - {global_batch_size: [128, 512], learning_rate_factor: [0.25, 4], seed: 0}
+      - {global_batch_size: 512, learning_rate_factor: 4, seed: 1, optimizers: [Momentum]}
 
 What follows `--` is added to the flags of all runs. The same command started again, or with
 `--folder` alone, goes on: finished runs stay as they are, a run that was interrupted goes on from

@@ -104,12 +104,16 @@ def expand(definition, extra=None):
     for number, block in enumerate(grid):
         where = f"grid[{number}]"
         block = {k: _values(f"{where}: {k}", v) for k, v in _mapping(where, block).items()}
+        names = [str(name) for name in block.pop("optimizers", optimizers)]
+        if unknown := set(names) - set(optimizers):
+            raise ValueError(f"{where}: optimizers does not define {', '.join(sorted(unknown))}")
         _flags(where, {key: values[0] for key, values in block.items()})
         _check_disjoint(where, block, "after --", extra or {})
         # The optimizers change fastest: a sweep half done has something to compare.
         for values in itertools.product(*block.values()):
             point = dict(zip(block, values))
-            for optimizer, own in optimizers.items():
+            for optimizer in names:
+                own = optimizers[optimizer]
                 _check_disjoint(f"optimizers: {optimizer}", own, where, block)
                 _check_disjoint(f"optimizers: {optimizer}", own, "after --", extra or {})
                 flags = {**shared, **own, **point}

@@ -95,7 +95,10 @@ class Sweep:
                 time.sleep(0.1)
 
     def _write_table(self):
-        results.write_csv(results.read_runs([self.folder]), self.folder / "runs.csv")
+        # The tasks of a SLURM array write it too: none may replace a newer view by its own.
+        with (self.folder / ".table.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            results.write_csv(results.read_runs([self.folder]), self.folder / "runs.csv")
 
     def _discard(self, name):
         if self.discard_checkpoints and self.status(name) in ("finished", "diverged"):

@@ -120,17 +120,15 @@ def test_a_definition_gives_every_combination_a_readable_name():
     }
     other = {**DEFINITION, "grid": [{"weight_decay": [1e-3, 5e-4]}]}
     assert names(other)[2] == "NLCG-FR-e10-weight_decay=0.0005"
+    other = {**DEFINITION, "grid": [{"seed": [1, 2], "optimizers": ["Momentum"]}]}
+    assert names(other) == ["Momentum-e10-s1", "Momentum-e10-s2"]
 
 
 def test_one_line_gives_what_the_file_gives():
     line = sweep_definition.from_line(["nlcg", "momentum"], [128, 512], [10], [0, 1], [])
     extra = sweep_definition.parse_flags(["--dataset=digits"])
-    assert sweep_definition.expand(line, extra) == {
-        name: {**run, "flags": {**run["flags"]}}
-        for name, run in sweep_definition.expand(
-            {**DEFINITION, "grid": DEFINITION["grid"][:1]}
-        ).items()
-    }
+    file = {**DEFINITION, "grid": DEFINITION["grid"][:1]}
+    assert sweep_definition.expand(line, extra) == sweep_definition.expand(file)
     line = sweep_definition.from_line(["lars"], None, None, None, ["weight_decay=0.1,0.2"])
     assert names(line) == ["LARS-weight_decay=0.1", "LARS-weight_decay=0.2"]
 
@@ -152,6 +150,7 @@ def test_every_optimizer_of_the_trainers_has_a_name():
         ({"grid": [{"output_dir": "x"}]}, r"grid\[0\]: 'output_dir' is not a flag"),
         ({"grid": [{"seed": [0, 0]}]}, "two runs are named NLCG-FR-e10-s0"),
         ({"grid": [{"seed": 0}, {"seed": 0, "learning_rate_factor": 1}]}, "two runs are named"),
+        ({"grid": [{"optimizers": "A"}]}, r"grid\[0\]: optimizers does not define A"),
         ({"grid": [{"optimizer": "sgd"}]}, "--optimizer stands in optimizers: NLCG-FR and in grid"),
         ({"flags": {"depth": {}}}, "flags: depth must have one value. Received: {}"),
         ({"launcher": "horovodrun"}, "launcher must be a list of words. Received: 'horovodrun'"),
@@ -379,19 +378,6 @@ def test_tables_of_hand_made_runs(run_folders):
         results.read_runs(["nowhere"])
 
 
-def test_a_csv_file_stands_for_its_folders(run_folders, tmp_path):
-    runs = results.read_runs([run_folders])
-    file = tmp_path / "runs.csv"
-    results.write_csv(runs[runs["optimizer"] != "SGD"], file)
-    again = results.read_runs([file, run_folders / "deep"])
-    assert list(again.columns) == results.COLUMNS
-    assert result_tables.table(again) == result_tables.table(runs)
-    for text, message in (("a,b\n1,2\n", "it has no column run, optimizer"), ("", "No columns")):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=rf"runs\.csv is no table of runs: {message}"):
-            results.read_runs([file])
-
-
 def test_what_two_sweeps_share_counts_once(tmp_path):
     for name, top1 in (("a/0", None), ("b/0", 0.5), ("c/0", 0.5)):
         make_run(tmp_path, name, top1, learning_rate_factor=0.5, weight_decay="1e-4")
@@ -424,5 +410,13 @@ def test_figures_are_written(run_folders, tmp_path):
     for suffix in ("png", "svg"):
         assert {file.stem for file in out.glob(f"*.{suffix}")} == expected
     assert len(pd.read_csv(out / "runs.csv")) == 12
+    # One batch size, several lengths: no figure against the batch size.
+    for name in ("large", "deep"):
+        shutil.rmtree(run_folders / name)
+    shutil.rmtree(out)
+    out.mkdir()
+    plot.draw_runs([run_folders], out)
+    expected -= {"accuracy_batch", "accuracy_batch_tuned"}
+    assert {file.stem for file in out.glob("*.png")} == expected
     plot.draw_schedule(65536, [90, 150], out)
     assert (out / "schedule_65536.png").stat().st_size > 10000
