@@ -53,7 +53,7 @@ def test_rmsprop_and_nesterov_have_the_papers_settings():
 
 @pytest.mark.parametrize("l2", [0.0, 1e-3])
 def test_lars_follows_its_paper(l2):
-    """Against its Algorithm 1 in float64 NumPy, with a kernel that begins at zero."""
+    """Against its Algorithm 1 in float64 NumPy, with a kernel and a gradient that are zero once."""
     generator = np.random.default_rng(0)
     shapes = [(3, 3, 4, 8), (8,), (8, 5), (5, 2)]
     w = [generator.normal(size=shape) for shape in shapes]
@@ -61,15 +61,16 @@ def test_lars_follows_its_paper(l2):
     variables = [keras.Variable(x, dtype="float32") for x in w]
     optimizer = LARS(0.5, momentum=0.8, trust_coefficient=0.02, l2=l2)
     v = [np.zeros(shape) for shape in shapes]
-    for _ in range(20):
+    for step in range(20):
         g = [generator.normal(size=shape) for shape in shapes]
+        g[2] *= step != 5
         optimizer.apply([tf.constant(x, tf.float32) for x in g], variables)
         for i, (x, y) in enumerate(zip(w, g)):
             rate = 1.0
-            norm = np.sqrt((x**2).sum())
+            norm, gradient_norm = np.sqrt((x**2).sum()), np.sqrt((y**2).sum())
             if x.ndim > 1:
-                if norm > 0:
-                    rate = 0.02 * norm / (np.sqrt((y**2).sum()) + l2 * norm)
+                if norm > 0 and gradient_norm > 0:
+                    rate = 0.02 * norm / (gradient_norm + l2 * norm)
                 y = y + l2 * x
             v[i] = 0.8 * v[i] + 0.5 * rate * y
             w[i] = x - v[i]
