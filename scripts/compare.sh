@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 config=${1:-configs/digits_figure7.yaml}
 if [ ! -f "$config" ]; then
-  echo "error: there is no file $config" >&2
+  echo "error: there is no file $config; usage: scripts/compare.sh [CONFIG.yaml [trainer flags]]" >&2
   exit 2
 fi
 folder=runs/$(basename "$config" .yaml)

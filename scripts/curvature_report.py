@@ -54,8 +54,13 @@ def best_rate(search):
 
 
 def quartiles(values):
-    """Lower quartile, median and upper quartile: values that occurred, so infinity may be one."""
-    return np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75], method="inverted_cdf").tolist()
+    """Lower quartile, median (of two in the middle the upper one) and upper quartile.
+
+    They are values that occurred, so infinity may be one.
+    """
+    values = np.sort(np.asarray(values, float))
+    low, high = np.quantile(values, [0.25, 0.75], method="inverted_cdf")
+    return [float(low), float(values[len(values) // 2]), float(high)]
 
 
 def first_reach(record, target):

@@ -141,8 +141,7 @@ def _draw_accuracy(axis, summary, x, look, spread=1.0):
         axis.plot([], [], "ko", markerfacecolor="white", label=NOTES[0])
     if (lost.gt(0) & summary["top1"].isna()).any():
         axis.plot([], [], "kx", label=NOTES[1])
-        low, high = axis.get_ylim()
-        axis.set_ylim(low - 0.06 * (high - low), high)
+    axis.margins(y=0.1)  # room for these
 
 
 def _draw_best(axis, summary):

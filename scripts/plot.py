@@ -73,7 +73,7 @@ def draw_runs(folders, out):
     look = figures.styles(list(runs["optimizer"].unique()))
     common, factor = result_tables.with_common_factor(runs)
     common = result_tables.summarise(common)
-    if len(common):
+    if common["top1"].notna().any():
         title = result_tables.factor_title(factor)
         figures.draw_accuracy_batch(common, look, out, "accuracy_batch", title)
         figures.draw_accuracy_epochs(common, look, out)
@@ -98,13 +98,13 @@ def main():
     options = parser.parse_args()
     if bool(options.folders) == bool(options.schedule):
         parser.error("give folders, or --schedule=BATCH")
-    options.out.mkdir(parents=True, exist_ok=True)
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         if options.schedule:
             draw_schedule(options.schedule, options.epochs, options.out)
         else:
             draw_runs(options.folders, options.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -49,14 +49,16 @@ def tuned(runs):
     lines = []
     for _, group in runs.groupby(POINT, sort=False):
         factors = group.groupby("seed")["learning_rate_factor"].nunique()
-        search = group[(group["seed"] == factors.idxmax()) & (group["status"] == "finished")]
+        # A failed run's seed may be no number.
+        seed = factors.idxmax() if len(factors) else math.nan
+        search = group[(group["seed"] == seed) & (group["status"] == "finished")]
         if len(search):
             factor = search.loc[search["top1"].idxmax(), "learning_rate_factor"]
             chosen = group[group["learning_rate_factor"] == factor]
         else:
             factor, chosen = math.nan, group
         line = summarise(chosen, POINT)
-        lines.append(line.assign(learning_rate_factor=factor, search_seed=factors.idxmax()))
+        lines.append(line.assign(learning_rate_factor=factor, search_seed=seed))
     return pd.concat(lines, ignore_index=True)
 
 
@@ -65,7 +67,8 @@ def table(runs):
     lines = ["# Top-1 accuracy on the test images", ""]
     lines += [
         "Mean ± sample standard deviation over the seeds that finished, in %; n seeds. Diverged: "
-        "the loss of the last epoch was not finite; however large, a finite one is in the mean.",
+        "its loss in training or testing was not finite; however large, a finite one is in the "
+        "mean.",
         "",
     ]
     common, factor = with_common_factor(runs)
@@ -103,7 +106,8 @@ def _tables(summary, title, with_factor=False):
     lines = []
     for column, what in (("top1", "weights"), ("averaged_top1", "averaged weights")):
         names = list(summary["optimizer"].unique())
-        lines += [f"## {title}: {what}", "", f"| global batch | {' | '.join(names)} |"]
+        heads = [name.replace("|", "\\|") for name in names]
+        lines += [f"## {title}: {what}", "", f"| global batch | {' | '.join(heads)} |"]
         lines.append("|---" * (1 + len(names)) + "|")
         for batch in sorted(summary["global_batch_size"].unique()):
             row = summary[summary["global_batch_size"] == batch].set_index("optimizer")

@@ -53,8 +53,10 @@ def status(folder):
     summary = read_json(folder / "summary.json")
     if not summary:
         return "unfinished"
-    loss = summary.get("loss")
-    return "diverged" if loss is None or not math.isfinite(loss) else "finished"
+    # The training loss is from before the last update.
+    losses = [summary.get("loss"), summary.get("test_loss", 0.0)]
+    finite = all(loss is not None and math.isfinite(loss) for loss in losses)
+    return "finished" if finite else "diverged"
 
 
 def read_runs(folders):
@@ -184,9 +186,9 @@ def _with_variants(names, flags):
         run: " ".join(
             [name]
             + [
-                f"{key}={_number(flags[run].get(key))}"
+                f"{key}={_number(flags[run][key])}"
                 for key, values in varying.get(name, {}).items()
-                if len(values) > 1
+                if len(values) > 1 and key in flags[run]
             ]
         )
         for run, name in names.items()

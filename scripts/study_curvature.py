@@ -191,14 +191,19 @@ def parsed_options(arguments=None):
     if not 0 < options.updates_factor < 1000:
         received = f"Received: {options.updates_factor}"
         parser.error(f"--updates-factor must lie between 0 and 1000. {received}")
+    if options.optimizers == ["lbfgs"] and not set(options.problems) & set(FULL_BATCH):
+        parser.error(f"--optimizers=lbfgs works on full batches: {', '.join(FULL_BATCH)}")
     return options
 
 
 def main(arguments=None):
     options = parsed_options(arguments)
     folder = pathlib.Path(options.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    log, records = open_log(folder / "runs.jsonl")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log, records = open_log(folder / "runs.jsonl")
+    except OSError as error:
+        sys.exit(f"error: --folder={folder}: {error}")
     made = {**machine(), "jobs": options.jobs}
     known = {}  # problem, optimizer -> rate, seed -> record
     for problem, optimizer in itertools.product(options.problems, options.optimizers):

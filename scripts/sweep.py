@@ -158,16 +158,19 @@ def prepared_sweep(options):
     """
     runs = define(options)
     check_launchers(runs)
+    if options.slurm and not pathlib.Path(options.slurm).absolute().parent.is_dir():
+        raise ValueError(f"--slurm={options.slurm}: there is no such folder")
     options.folder.mkdir(parents=True, exist_ok=True)
     locked = lock(options.folder, shared=options.index is not None)
     if options.index is None:
+        sweep = Sweep(options.folder, runs, options.jobs, options.discard_checkpoints)
         sweep_definition.save(options.folder, runs)
-    elif not 0 <= options.index < len(runs):
+        return sweep, locked
+    if not 0 <= options.index < len(runs):
         raise ValueError(f"--index must be 0 to {len(runs) - 1}. Received: {options.index}")
-    else:
-        name = list(runs)[options.index]
-        runs = {name: runs[name]}
-    return Sweep(options.folder, runs, options.jobs, options.discard_checkpoints), locked
+    name = list(runs)[options.index]
+    one = {name: runs[name]}
+    return Sweep(options.folder, one, options.jobs, options.discard_checkpoints), locked
 
 
 def main():

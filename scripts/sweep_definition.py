@@ -38,13 +38,19 @@ def from_line(optimizers, batch_sizes, epochs, seeds, vary):
         if not sign or name in block:
             raise ValueError(f"--vary must be FLAG=VALUE,VALUE with a new flag. Received: {word}")
         try:
-            block[name] = [yaml.safe_load(value) for value in values.split(",")]
+            block[name] = [_yaml_value(value) for value in values.split(",")]
         except yaml.YAMLError:
             raise ValueError(f"--vary must be FLAG=VALUE,VALUE. Received: {word}") from None
     chosen = dict(OPTIMIZERS[name] for name in optimizers)
     if len(chosen) < len(optimizers):
         raise ValueError(f"--optimizers names one twice. Received: {' '.join(optimizers)}")
     return {"optimizers": chosen, "grid": [block]}
+
+
+def _yaml_value(text):
+    """A number or text; "off" is a value of flags, not YAML's false."""
+    value = yaml.safe_load(text)
+    return text if isinstance(value, bool) else value
 
 
 def from_file(path):
@@ -175,7 +181,10 @@ def _name(optimizer, flags, block):
         if key in flags and not is_default:
             parts.append(letter + _text(flags[key]))
     parts += [f"{key}={_text(flags[key])}" for key in sorted(block) if key not in LETTERS]
-    return re.sub(r"[^\w.+=-]+", "_", "-".join(parts))
+    name = re.sub(r"[^\w.+=-]+", "_", "-".join(parts))
+    if not name.strip(".") or len(name) > 200:
+        raise ValueError(f"a run cannot have this name, a folder's: {name!r}")
+    return name
 
 
 def _mapping(where, value):

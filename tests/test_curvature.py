@@ -196,6 +196,7 @@ def test_the_target_and_when_it_is_reached():
 
 def test_a_diverged_run_stays_in_the_median():
     assert report.quartiles([1.0, math.inf, 2.0, math.inf, math.inf]) == [2.0, math.inf, math.inf]
+    assert report.quartiles([2.0, 1.0]) == [1.0, 2.0, 2.0]
     curve = ((0, 0.0, 8.0), (10, 0.5, None))
     values = report.resample(record(None, curve=curve), "updates", [0, 9, 10, 40])
     assert values.tolist() == [8.0, 8.0, math.inf, math.inf]
@@ -226,11 +227,16 @@ def test_all_optimizers_get_as_many_rates_as_far_apart(optimizer):
 
 @pytest.mark.parametrize(
     "argument, name",
-    [("--jobs=0", "--jobs"), ("--updates-factor=nan", "--updates-factor"), ("--seeds=-1", "-1")],
+    [
+        ("--jobs=0", "--jobs"),
+        ("--updates-factor=nan", "--updates-factor"),
+        ("--seeds=-1", "-1"),
+        ("--problems adding --optimizers lbfgs", "full batches: autoencoder"),
+    ],
 )
 def test_bad_arguments(argument, name, capsys):
     with pytest.raises(SystemExit):
-        study_curvature.parsed_options([argument])
+        study_curvature.parsed_options(argument.split())
     assert name in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from distributed.launch import ROOT, environment, records, run, wait_for
 
-from scripts import plot, result_tables, results, sweep_definition
+from scripts import figures, plot, result_tables, results, sweep_definition
 from trainers.optimizers import NAMES
 
 SWEEP = [sys.executable, "-m", "scripts.sweep"]
@@ -151,6 +151,7 @@ def test_every_optimizer_of_the_trainers_has_a_name():
         ({"grid": [{"seed": [0, 0]}]}, "two runs are named NLCG-FR-e10-s0"),
         ({"grid": [{"seed": 0}, {"seed": 0, "learning_rate_factor": 1}]}, "two runs are named"),
         ({"grid": [{"optimizers": "A"}]}, r"grid\[0\]: optimizers does not define A"),
+        ({"optimizers": {"..": {}}, "flags": {}, "grid": [{}]}, "cannot have this name"),
         ({"grid": [{"optimizer": "sgd"}]}, "--optimizer stands in optimizers: NLCG-FR and in grid"),
         ({"flags": {"depth": {}}}, "flags: depth must have one value. Received: {}"),
         ({"launcher": "horovodrun"}, "launcher must be a list of words. Received: 'horovodrun'"),
@@ -203,6 +204,13 @@ def test_failed_and_diverged_runs_are_recorded_and_the_others_run(tmp_path):
     assert again.returncode == 1 and log.read_text() == "this is why\n"
     run([*SWEEP, f"--folder={folder}", "--retry-failed"])
     assert statuses(folder) == expected and log.read_text() == "this is why\n" * 2
+
+    # What cannot be run is not noted.
+    known = (folder / "sweep.json").read_text()
+    line = ["--optimizers", "adam", "--jobs=99"]
+    done = run([*SWEEP, f"--folder={folder}", *line])
+    assert done.returncode == 2 and "Received: 99" in done.stderr
+    assert (folder / "sweep.json").read_text() == known
 
     # A run that has begun keeps its flags; others may join.
     line = ["--optimizers", "sgd", "--epochs", 2, "--", "--global_batch_size=128"]
@@ -388,6 +396,29 @@ def test_what_two_sweeps_share_counts_once(tmp_path):
     assert "## 10 epochs, one schedule for all, its rate times 0.5: weights" in text
     assert "| global batch | Momentum |" in text and "| 128 | 60.0 ± 14.1 (n = 2) |" in text
     assert "unfinished" not in text
+
+
+def test_odd_runs_spoil_nothing(tmp_path, monkeypatch):
+    late = make_run(tmp_path, "late", 0.1, optimizer="sgd")
+    # The last update made the weights NaN: the loss of the last epoch is from before.
+    (late / "summary.json").write_text('{"top1": 0.0, "loss": 2.0, "test_loss": null}')
+    seed = make_run(tmp_path, "seed", None, optimizer="lars", seed="x")
+    (seed / results.FAILED_FILE).write_text('{"exit_status": 1}')
+    for factor in (1.0, 4.0):
+        make_run(tmp_path, f"long-{factor}", 0.9, epochs=20, learning_rate_factor=factor)
+    runs = results.read_runs([tmp_path])
+    text = result_tables.table(runs)
+    assert "| 128 | no result, 1 failed | no result, 1 diverged |" in text
+    assert "| 128 | 90.0 (n = 1), factor 1 |" in text
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, axes, *names: drawn.extend(axes))
+    make_run(tmp_path, "large", 0.5, global_batch_size=256)
+    make_run(tmp_path, "large-long", 0.95, global_batch_size=256, epochs=20)
+    summary = result_tables.summarise(results.read_runs([tmp_path]))
+    look = figures.styles(list(summary["optimizer"].unique()))
+    figures.draw_accuracy_batch(summary, look, tmp_path, "a", "")
+    # The first panel holds runs without a result, the second the highest accuracy.
+    assert len(drawn) == 2 and drawn[1].get_ylim()[1] > 95
 
 
 def test_seconds_follow_from_the_throughput_of_the_epochs(run_folders):
