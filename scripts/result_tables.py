@@ -67,7 +67,7 @@ def table(runs):
     lines = ["# Top-1 accuracy on the test images", ""]
     lines += [
         "Mean ± sample standard deviation over the seeds that finished, in %; n seeds. Diverged: "
-        "its loss in training or testing was not finite; however large, a finite one is in the "
+        "the loss in training or testing was not finite; however large, a finite one is in the "
         "mean.",
         "",
     ]
