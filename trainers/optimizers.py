@@ -15,7 +15,7 @@ def make_optimizer(name, schedule, weight_decay=0.0, lars_coefficient=None, **nl
 
     Args:
         name: one of `NAMES`. RMSProp has decay 0.9, momentum 0.9 and epsilon 1.0. Momentum is that
-            of Keras, "_tf1" that of TensorFlow 1, which the paper had.
+            of Keras, "_tf1" that of TensorFlow 1, most likely the paper's.
         schedule: float or `LearningRateSchedule`.
         weight_decay: float, factor of sum(w^2) for LARS, which must see it apart from the gradient;
             for the others it is in the model's loss.
