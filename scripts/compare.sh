@@ -17,9 +17,12 @@ export PATH=$PWD/.venv/bin:$PATH TF_CPP_MIN_LOG_LEVEL=2
 jobs=$(($(nproc) > 1 ? 2 : 1)) # runs at once; on a GPU one
 if command -v nvidia-smi >/dev/null; then jobs=1; fi
 set -x
-status=0
-python -m scripts.sweep --folder="$folder" --config="$config" --jobs="$jobs" -- "${@:2}" ||
-  status=$?
-# Runs that failed are in the tables too; after a signal the same command goes on.
-if [ "$status" -le 1 ]; then python -m scripts.plot "$folder" --out="$folder/figures"; fi
-exit "$status"
+# Read whole before it runs for hours: this file may change meanwhile.
+{
+  status=0
+  python -m scripts.sweep --folder="$folder" --config="$config" --jobs="$jobs" -- "${@:2}" ||
+    status=$?
+  # Runs that failed are in the tables too; after a signal the same command goes on.
+  if [ "$status" -le 1 ]; then python -m scripts.plot "$folder" --out="$folder/figures"; fi
+  exit "$status"
+}

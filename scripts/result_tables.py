@@ -22,16 +22,20 @@ def summarise(runs, keys=(*POINT, "learning_rate_factor")):
 
 
 def count_once(runs):
-    """The runs without those that repeat another, as two sweeps may; finished ones stay."""
+    """The runs without those that repeat another, as two sweeps may; those that got furthest stay.
+
+    Of runs that failed for a setting that is no number none is known to repeat another.
+    """
     keys = [*POINT, "learning_rate_factor", "seed"]
-    order = (runs["status"] != "finished").sort_values(kind="stable").index
-    return runs.loc[runs.loc[order].drop_duplicates(subset=keys).index.sort_values()]
+    order = runs["status"].map(STATUSES.index).sort_values(kind="stable").index
+    repeated = runs.loc[order].duplicated(subset=keys) & runs[keys].notna().all(axis=1)
+    return runs[~repeated]
 
 
 def with_common_factor(runs):
     """The runs at one factor on the learning rate, 1 or else the most frequent, and that factor."""
     factors = runs["learning_rate_factor"]
-    factor = 1.0 if factors.eq(1).any() else factors.mode()[0]
+    factor = 1.0 if factors.eq(1).any() or factors.isna().all() else factors.mode()[0]
     return runs[factors == factor], factor
 
 

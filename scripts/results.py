@@ -54,7 +54,7 @@ def status(folder):
     if not summary:
         return "unfinished"
     # The training loss is from before the last update.
-    losses = [summary.get("loss"), summary.get("test_loss", 0.0)]
+    losses = [summary.get("loss"), summary.get("test_loss")]
     finite = all(loss is not None and math.isfinite(loss) for loss in losses)
     return "finished" if finite else "diverged"
 

@@ -49,7 +49,7 @@ if kind == "slow" and not (folder / "saved").exists():
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
     (folder / "ready").touch()
     time.sleep(60)
-summary = {"loss": None if kind == "diverged" else 0.5, "top1": 0.25}
+summary = {"loss": None if kind == "diverged" else 0.5, "test_loss": 0.5, "top1": 0.25}
 (folder / "checkpoints").mkdir(exist_ok=True)
 (folder / "summary.json").write_text(json.dumps(summary))
 """
@@ -131,6 +131,8 @@ def test_one_line_gives_what_the_file_gives():
     assert sweep_definition.expand(line, extra) == sweep_definition.expand(file)
     line = sweep_definition.from_line(["lars"], None, None, None, ["weight_decay=0.1,0.2"])
     assert names(line) == ["LARS-weight_decay=0.1", "LARS-weight_decay=0.2"]
+    line = sweep_definition.from_line(["nlcg"], None, None, None, ["line_search=off", "jit=true"])
+    assert line["grid"] == [{"line_search": ["off"], "jit": [True]}]
 
 
 def test_every_optimizer_of_the_trainers_has_a_name():
@@ -327,7 +329,8 @@ def make_run(folder, name, top1, averaged=None, loss=0.5, optimizer="momentum", 
     path.mkdir(parents=True)
     (path / "flags.json").write_text(json.dumps({"flags": flags, "git_revision": "abc"}))
     if top1 is not None:
-        summary = {"top1": top1, "averaged_top1": averaged or top1, "loss": loss}
+        summary = {"top1": top1, "averaged_top1": averaged or top1}
+        summary.update(loss=loss, test_loss=loss)
         (path / "summary.json").write_text(json.dumps(summary))
     batch, lines = flags["global_batch_size"], []
     for update in range(1, 21):
@@ -396,6 +399,12 @@ def test_what_two_sweeps_share_counts_once(tmp_path):
     assert "## 10 epochs, one schedule for all, its rate times 0.5: weights" in text
     assert "| global batch | Momentum |" in text and "| 128 | 60.0 ± 14.1 (n = 2) |" in text
     assert "unfinished" not in text
+    # Whatever was wrong with them, failed runs are not dropped.
+    for name in ("x", "y"):
+        failed = make_run(tmp_path / "bad", name, None, seed=name, learning_rate_factor=name)
+        (failed / results.FAILED_FILE).write_text('{"exit_status": 1}')
+    runs = result_tables.count_once(results.read_runs([tmp_path / "bad"]))
+    assert "| x | failed | 1 |\n| y | failed | 1 |" in result_tables.table(runs)
 
 
 def test_odd_runs_spoil_nothing(tmp_path, monkeypatch):
