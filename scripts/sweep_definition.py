@@ -38,7 +38,7 @@ def from_line(optimizers, batch_sizes, epochs, seeds, vary):
         if not sign or name in block:
             raise ValueError(f"--vary must be FLAG=VALUE,VALUE with a new flag. Received: {word}")
         try:
-            block[name] = [yaml.load(value, _StrictLoader) for value in values.split(",")]
+            block[name] = [yaml.safe_load(value) for value in values.split(",")]
         except yaml.YAMLError:
             raise ValueError(f"--vary must be FLAG=VALUE,VALUE. Received: {word}") from None
     chosen = dict(OPTIMIZERS[name] for name in optimizers)
@@ -48,7 +48,7 @@ def from_line(optimizers, batch_sizes, epochs, seeds, vary):
 
 
 def from_file(path):
-    """The definition in a YAML file."""
+    """The definition in a YAML file, in which no key may stand twice."""
     try:
         with open(path) as file:
             return yaml.load(file, _StrictLoader)
@@ -215,8 +215,6 @@ def _check_disjoint(where, flags, other, other_flags):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """No key may stand twice, and off is a word: line_search has it as a value."""
-
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
@@ -225,10 +223,3 @@ class _StrictLoader(yaml.SafeLoader):
                     None, None, f"{key!r} stands twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
-
-
-# Of YAML 1.1's booleans true and false stay.
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if first in "tTfF" or pair[0] != "tag:yaml.org,2002:bool"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}

@@ -131,8 +131,6 @@ def test_one_line_gives_what_the_file_gives():
     assert sweep_definition.expand(line, extra) == sweep_definition.expand(file)
     line = sweep_definition.from_line(["lars"], None, None, None, ["weight_decay=0.1,0.2"])
     assert names(line) == ["LARS-weight_decay=0.1", "LARS-weight_decay=0.2"]
-    line = sweep_definition.from_line(["nlcg"], None, None, None, ["line_search=off", "jit=true"])
-    assert line["grid"] == [{"line_search": ["off"], "jit": [True]}]
 
 
 def test_every_optimizer_of_the_trainers_has_a_name():
