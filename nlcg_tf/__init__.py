@@ -5,9 +5,9 @@
 `nlcg_tf.horovod`, the layer for several workers, is imported on its own, since it needs Horovod.
 """
 
-from nlcg_tf import callbacks, line_search, schedules
+from nlcg_tf import callbacks, line_search, preconditioner, schedules
 from nlcg_tf.optimizer import NLCG
 
 __version__ = "0.1.0"
 
-__all__ = ["NLCG", "callbacks", "line_search", "schedules"]
+__all__ = ["NLCG", "callbacks", "line_search", "preconditioner", "schedules"]

@@ -3,82 +3,98 @@
 Source: Adya, Palakkode & Tuzel 2018, arXiv 1812.02886, Algorithm 1 and section 3.2.
 """
 
+import itertools
+
 from keras import ops
 
-from nlcg_tf import direction, preconditioner
+from nlcg_tf import direction
+from nlcg_tf.preconditioner import Identity, uses_steps
 from nlcg_tf.reductions import all_finite, dot, total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
-REALS = ("delta", "step_size", "beta", "curvature", "cosine")
+REALS = ("delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean")
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
 
 
-def update(settings, gradients, learning_rate, variables, positions, weight_decays):
+def update(optimizer, gradients, learning_rate, variables, positions, weight_decays):
     """Reads the variables, computes one update, assigns.
 
     Args:
-        settings: the optimizer, of which only the settings are read.
+        optimizer: the `NLCG`, of which only the settings are read.
         gradients: list of tensors, one for each of the weights.
         learning_rate: scalar tensor.
-        variables: dict of variables: lists "weights", "direction", "previous_gradient" and, with a
-            preconditioner, "hessian_diagonal"; vectors "reals", "counts" and, with LARS scaling,
-            "trust_ratios"; the scalar "loss" with a line search.
+        variables: dict of variables: lists "weights" and, by their names, "slots"; vectors "reals",
+            "counts" and, with LARS scaling, "trust_ratios"; the scalar "loss" with a line search;
+            "curvature_sums" where the fused op can make use of them.
         positions: list of ints, where each of the weights stands in "trust_ratios".
         weight_decays: list of floats.
     """
-    dtype, epsilon, line_search = settings.compute_dtype, settings.epsilon, settings.line_search
+    dtype = optimizer.compute_dtype
 
     def read(xs):
         return [ops.cast(x, dtype) for x in xs]
 
-    g, w = read(gradients), read(variables["weights"])
-    d, g_prev = read(variables["direction"]), read(variables["previous_gradient"])
-    old = dict(zip(settings.real_names, _unstack(variables["reals"])))
+    preconditioner = optimizer.preconditioner or Identity()
+    old = dict(zip(optimizer.real_names, _unstack(variables["reals"])))
     old.update(zip(COUNTS, _unstack(variables["counts"])))
-    learning_rate = ops.cast(learning_rate, dtype)
     first = old["updates"] == 0
+    learning_rate = ops.cast(learning_rate, dtype)
+    g, w = read(gradients), read(variables["weights"])
+    slots = {name: read(slot) for name, slot in variables["slots"].items()}
+    d, g_prev = slots["direction"], slots.get("previous_gradient")
+    state_before = {name: slots[name] for name in preconditioner.initial_state()}
+
+    def apply(state, x):
+        return preconditioner.apply(state, x, optimizer.epsilon)
 
     # Preconditioner
-    if settings.preconditioner:
-        h_before = read(variables["hessian_diagonal"])
-        steps = [old["step_size"]] * len(w)
-        if settings.lars_coefficient:
+    y = s = None
+    curvature = ops.zeros_like(old["curvature"])
+    if uses_steps(optimizer.preconditioner):
+        step = d  # the one really taken, but for its size
+        if optimizer.nesterov:
+            step = _look_ahead(apply(state_before, g_prev)[0], old["beta"], d)
+        sizes = [old["step_size"]] * len(w)
+        if optimizer.lars_coefficient:
             rows = _unstack(variables["trust_ratios"])
-            steps = [old["step_size"] * rows[i] for i in positions]
+            sizes = [old["step_size"] * rows[i] for i in positions]
         y = [g_i - p_i for g_i, p_i in zip(g, g_prev)]
-        s = [step_i * d_i for step_i, d_i in zip(steps, d)]
-        h, curvature, accepted = preconditioner.bfgs(h_before, y, s, epsilon)
-    else:
-        h_before = h = [ops.ones_like(w_i) for w_i in w]
-        curvature, accepted = ops.zeros_like(old["curvature"]), True
+        s = [size_i * step_i for size_i, step_i in zip(sizes, step)]
+        curvature = dot(y, s)
+    state, accepted = preconditioner.update(state_before, g, y, s, optimizer.epsilon)
+    preconditioned, mean = apply(state, g)
 
     # Direction
-    z = [-g_i / (h_i + epsilon) for g_i, h_i in zip(g, h)]
-    delta_new = -dot(g, z)
-    delta_mid = None
-    if settings.update_rule == "polak_ribiere":
-        delta_mid = dot(g, [p_i / (h_i + epsilon) for p_i, h_i in zip(g_prev, h_before)])
-    beta = direction.RULES[settings.update_rule](delta_new, delta_mid, old["delta"], epsilon)
+    delta_new = dot(g, preconditioned)
+    beta = direction.fletcher_reeves(delta_new, old["delta"], optimizer.epsilon)
+    kappa = ops.zeros_like(beta)
+    if optimizer.update_rule == "polak_ribiere":
+        delta_mid = dot(g, apply(state_before, g_prev)[0])
+        beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"], optimizer.epsilon)
+    elif optimizer.update_rule == "blended":
+        kappa = direction.agreement(dot(g, g_prev), dot(g, g), dot(g_prev, g_prev))
+        beta = direction.blended(beta, kappa, optimizer.momentum)
     beta = ops.where(first, ops.zeros_like(beta), beta)
-    d = [z_i + beta * d_i for z_i, d_i in zip(z, d)]
+    d = [beta * d_i - z_i for z_i, d_i in zip(preconditioned, d)]
+    step = _look_ahead(preconditioned, beta, d) if optimizer.nesterov else d
 
     # Line search
-    new, alpha, must_be_finite = {}, learning_rate, list(g)
+    line_search, new, alpha, must_be_finite = optimizer.line_search, {}, learning_rate, list(g)
     if line_search is not None:
         loss = ops.cast(variables["loss"], dtype)
-        state = {name: old[name] for name in line_search.initial_state()}
-        new = line_search.update(state, loss, old["updates"])
+        searched = {name: old[name] for name in line_search.initial_state()}
+        new = line_search.update(searched, loss, old["updates"])
         alpha = learning_rate * new["learning_rate_scale"]
         must_be_finite.append(loss)
 
     # Step
-    steps = [alpha] * len(w)
-    if settings.lars_coefficient:
-        ratios = [_trust_ratio(settings, w_i, d_i) for w_i, d_i in zip(w, d)]
-        steps = [alpha * ratio for ratio in ratios]
+    sizes = [alpha] * len(w)
+    if optimizer.lars_coefficient:
+        ratios = [_trust_ratio(optimizer, w_i, step_i) for w_i, step_i in zip(w, step)]
+        sizes = [alpha * ratio for ratio in ratios]
     w = [
-        (w_i - w_i * decay * learning_rate if decay else w_i) + step_i * d_i
-        for w_i, d_i, step_i, decay in zip(w, d, steps, weight_decays)
+        (w_i - w_i * decay * learning_rate if decay else w_i) + size_i * step_i
+        for w_i, step_i, size_i, decay in zip(w, step, sizes, weight_decays)
     ]
 
     applied = all_finite([*must_be_finite, alpha])
@@ -87,20 +103,22 @@ def update(settings, gradients, learning_rate, variables, positions, weight_deca
         value = ops.cast(value, variable.dtype)
         variable.assign(ops.where(applied, value, ops.convert_to_tensor(variable)))
 
-    slots = {"weights": w, "direction": d, "previous_gradient": g}
-    if settings.preconditioner:
-        slots["hessian_diagonal"] = h
-    for name, values in slots.items():
-        for variable, value in zip(variables[name], values):
-            assign(variable, value)
-    if settings.lars_coefficient:
+    values = {"direction": d, "previous_gradient": g, **state}
+    pairs = [zip(variables["weights"], w)]
+    pairs += [zip(slot, values[name]) for name, slot in variables["slots"].items()]
+    for variable, value in itertools.chain(*pairs):
+        assign(variable, value)
+    if optimizer.lars_coefficient:
         rows = _unstack(variables["trust_ratios"])
         for position, ratio in zip(positions, ratios):
             rows[position] = ratio
         assign(variables["trust_ratios"], ops.stack(rows))
-    cosine = _cosine(g, d)
-    new.update(delta=delta_new, step_size=alpha, beta=beta, curvature=curvature, cosine=cosine)
-    assign(variables["reals"], ops.stack([new[name] for name in settings.real_names]))
+    if "curvature_sums" in variables:  # not kept here, and thereby said to be unknown
+        sums = variables["curvature_sums"]
+        assign(sums, ops.full(sums.shape, float("nan"), sums.dtype))
+    new.update(delta=delta_new, step_size=alpha, beta=beta, curvature=curvature)
+    new.update(cosine=_cosine(g, step), kappa=kappa, preconditioner_mean=mean)
+    assign(variables["reals"], ops.stack([new[name] for name in optimizer.real_names]))
     rejected = applied & ops.logical_not(first | accepted)
     changes = [applied, ops.logical_not(applied), rejected]
     changes = [ops.cast(change, old["updates"].dtype) for change in changes]
@@ -112,12 +130,16 @@ def _unstack(variable):
     return list(ops.unstack(ops.convert_to_tensor(variable), variable.shape[0]))
 
 
-def _trust_ratio(settings, w, d):
+def _look_ahead(preconditioned, beta, d):
+    return [beta * d_i - z_i for z_i, d_i in zip(preconditioned, d)]
+
+
+def _trust_ratio(optimizer, w, step):
     norm = ops.sqrt(total(w * w))
-    ratio = settings.lars_coefficient * norm / (ops.sqrt(total(d * d)) + settings.epsilon)
+    ratio = optimizer.lars_coefficient * norm / (ops.sqrt(total(step * step)) + optimizer.epsilon)
     return ops.where(norm > 0, ratio, ops.ones_like(ratio))
 
 
-def _cosine(g, d):
-    norms = ops.sqrt(dot(g, g)) * ops.sqrt(dot(d, d))
-    return ops.where(norms > 0, -dot(g, d) / norms, ops.zeros_like(norms))
+def _cosine(g, step):
+    norms = ops.sqrt(dot(g, g)) * ops.sqrt(dot(step, step))
+    return ops.where(norms > 0, -dot(g, step) / norms, ops.zeros_like(norms))

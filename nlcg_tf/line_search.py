@@ -11,11 +11,11 @@ what it returns for a loss that is not finite is dropped by the optimizer.
 """
 
 import dataclasses
-import math
-import numbers
 
 import keras
 from keras import ops
+
+from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
 
 
 def get(identifier):
@@ -27,54 +27,17 @@ def get(identifier):
     Raises:
         ValueError: for anything else.
     """
-    if identifier is None:
-        return None
-    if identifier == "online":
-        return OnlineLineSearch()
-    if identifier == "step":
-        return StepLineSearch()
-    if isinstance(identifier, dict) and "class_name" in identifier:
-        return get(keras.saving.deserialize_keras_object(identifier))
-    if not isinstance(identifier, (str, type)) and all(
-        callable(getattr(identifier, name, None)) for name in ("initial_state", "update")
-    ):
-        return identifier
-    raise ValueError(
-        "`line_search` must be 'online', 'step', None or an object of nlcg_tf.line_search. "
-        f"Received: line_search={identifier!r}"
-    )
+    classes = {"online": OnlineLineSearch, "step": StepLineSearch}
+    return resolve("line_search", identifier, classes, ("initial_state", "update"))
 
 
-def _is_number(value):
-    return isinstance(value, numbers.Real) and type(value) is not bool and math.isfinite(value)
-
-
-def _is_fraction(value):
-    return _is_number(value) and 0 < value <= 1
-
-
-class _Settings:
-    """Saves a line search by its dataclass fields, and checks them."""
-
-    def get_config(self):
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-    def _check(self, name, valid, condition):
-        value = getattr(self, name)
-        if not valid(value):
-            raise ValueError(f"`{name}` must {condition}. Received: {name}={value!r}")
-
-    def _bounded(self, scale):
-        return ops.clip(scale, self.minimum_scale, 1.0)
+def _bounded(scale, minimum):
+    return ops.clip(scale, minimum, 1.0)
 
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 @dataclasses.dataclass
-class OnlineLineSearch(_Settings):
+class OnlineLineSearch(Configurable):
     """The line search of the paper (section 3.2.2).
 
     With f the loss of this update and f_prev that of the update before,
@@ -102,15 +65,15 @@ class OnlineLineSearch(_Settings):
     minimum_scale: float = 1e-4
 
     def __post_init__(self):
-        self._check("decrease_threshold", _is_number, "be a number")
+        self._check("decrease_threshold", is_number, "be a number")
         self._check(
             "increase_threshold",
-            lambda x: _is_number(x) and x <= self.decrease_threshold,
+            lambda x: is_number(x) and x <= self.decrease_threshold,
             f"not exceed decrease_threshold={self.decrease_threshold!r}",
         )
-        self._check("decrease_factor", _is_fraction, "lie in (0, 1]")
-        self._check("increase_factor", lambda x: _is_number(x) and x >= 1, "be at least 1")
-        self._check("minimum_scale", _is_fraction, "lie in (0, 1]")
+        self._check("decrease_factor", is_fraction, "lie in (0, 1]")
+        self._check("increase_factor", lambda x: is_number(x) and x >= 1, "be at least 1")
+        self._check("minimum_scale", is_fraction, "lie in (0, 1]")
 
     def initial_state(self):
         return {"learning_rate_scale": 1.0, "previous_loss": 0.0}
@@ -119,8 +82,8 @@ class OnlineLineSearch(_Settings):
         previous, scale = state["previous_loss"], state["learning_rate_scale"]
         rose = loss > previous + self.decrease_threshold * ops.abs(previous)
         fell = loss < previous + self.increase_threshold * ops.abs(previous)
-        shrunk = self._bounded(scale * self.decrease_factor)
-        grown = self._bounded(scale * self.increase_factor)
+        shrunk = _bounded(scale * self.decrease_factor, self.minimum_scale)
+        grown = _bounded(scale * self.increase_factor, self.minimum_scale)
         moved = ops.where(rose, shrunk, ops.where(fell, grown, scale))
         return {
             "learning_rate_scale": ops.where(updates == 0, scale, moved),
@@ -130,7 +93,7 @@ class OnlineLineSearch(_Settings):
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 @dataclasses.dataclass
-class StepLineSearch(_Settings):
+class StepLineSearch(Configurable):
     """The default strategy of the authors' released code: steps by the loss's moving average.
 
     Every `period` updates the ratio of the moving average to its value at the comparison before
@@ -161,16 +124,16 @@ class StepLineSearch(_Settings):
     def __post_init__(self):
         self.limits, self.factors = tuple(self.limits), tuple(self.factors)
         self._check("period", lambda x: type(x) is int and x >= 1, "be an int >= 1")
-        self._check("smoothing", lambda x: _is_number(x) and 0 <= x < 1, "lie in [0, 1)")
+        self._check("smoothing", lambda x: is_number(x) and 0 <= x < 1, "lie in [0, 1)")
         self._check(
             "limits",
-            lambda xs: all(map(_is_number, xs)) and list(xs) == sorted(xs, reverse=True),
+            lambda xs: all(map(is_number, xs)) and list(xs) == sorted(xs, reverse=True),
             "be numbers that fall",
         )
         self._check("factors", lambda xs: len(xs) == len(self.limits), "have one entry for a limit")
-        self._check("factors", lambda xs: all(map(_is_fraction, xs)), "lie in (0, 1]")
-        self._check("increase_factor", lambda x: _is_number(x) and x >= 1, "be at least 1")
-        self._check("minimum_scale", _is_fraction, "lie in (0, 1]")
+        self._check("factors", lambda xs: all(map(is_fraction, xs)), "lie in (0, 1]")
+        self._check("increase_factor", lambda x: is_number(x) and x >= 1, "be at least 1")
+        self._check("minimum_scale", is_fraction, "lie in (0, 1]")
 
     def initial_state(self):
         return {"learning_rate_scale": 1.0, "average_loss": 0.0, "compared_loss": 0.0}
@@ -187,7 +150,7 @@ class StepLineSearch(_Settings):
         due = (updates % self.period == 0) & ops.logical_not(first)
         scale = state["learning_rate_scale"]
         return {
-            "learning_rate_scale": ops.where(due, self._bounded(scale * factor), scale),
+            "learning_rate_scale": ops.where(due, _bounded(scale * factor, self.minimum_scale), scale),
             "average_loss": average,
             "compared_loss": ops.where(due, average, compared),
         }

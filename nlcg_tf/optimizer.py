@@ -1,5 +1,6 @@
 """The NLCG optimizer (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886)."""
 
+import json
 import logging
 import numbers
 
@@ -9,6 +10,7 @@ from keras import ops
 
 from nlcg_tf import composed, direction, fused, loss_scaling
 from nlcg_tf import line_search as line_searches
+from nlcg_tf import preconditioner as preconditioners
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.composed import COUNTS, REALS
 
@@ -79,6 +81,8 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         update_rule="fletcher_reeves",
         preconditioner="bfgs",
         line_search="online",
+        nesterov=False,
+        momentum=0.9,
         epsilon=1e-8,
         lars_coefficient=None,
         fused="auto",
@@ -86,15 +90,18 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         **kwargs,
     ):
         _check("update_rule", update_rule, list(direction.RULES))
-        _check("preconditioner", preconditioner, ["bfgs", None])
+        _check("nesterov", nesterov, [True, False])
         _check("fused", fused, ["auto", True, False])
-        _check_positive("epsilon", epsilon, at_least=1e-37)
+        _check_number("momentum", momentum, 0, 1 - 1e-9)
+        _check_number("epsilon", epsilon, 1e-37, 1e30)
         if lars_coefficient is not None:
-            _check_positive("lars_coefficient", lars_coefficient)
+            _check_number("lars_coefficient", lars_coefficient, 1e-300, 1e30)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.update_rule = update_rule
-        self.preconditioner = preconditioner
+        self.preconditioner = preconditioners.get(preconditioner)
         self.line_search = line_searches.get(line_search)
+        self.nesterov = nesterov
+        self.momentum = momentum
         self.epsilon = epsilon
         self.lars_coefficient = lars_coefficient
         self.fused = fused
@@ -106,20 +113,32 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         self._count_without_slots = len(self.variables)
 
     def build(self, var_list):
-        """Creates the slots: three of the shape of each variable, and scalars."""
+        """Creates the slots, tensors of the shape of each variable, and scalars."""
         if self.built:
             return
         super().build(var_list)
         self.compute_dtype = keras.backend.result_type(
             *{keras.backend.standardize_dtype(v.dtype) for v in var_list}, "float32"
         )
+        initial = self.preconditioner.initial_state() if self.preconditioner else {}
+        if taken := {"direction", "previous_gradient"} & set(initial):
+            raise ValueError(
+                f"`preconditioner` has slots of the optimizer's own name: {', '.join(taken)}. "
+                f"Received: preconditioner={self.preconditioner!r}"
+            )
+        initial["direction"] = 0.0
+        uses_steps = preconditioners.uses_steps(self.preconditioner)
+        if uses_steps or self.update_rule != "fletcher_reeves":
+            initial["previous_gradient"] = 0.0
         self.slots = {
-            name: self.add_optimizer_variables(var_list, name)
-            for name in ("direction", "previous_gradient")
+            name: self.add_optimizer_variables(var_list, name, keras.initializers.Constant(value))
+            for name, value in initial.items()
         }
-        if self.preconditioner:
-            self.slots["hessian_diagonal"] = self.add_optimizer_variables(
-                var_list, "hessian_diagonal", initializer="ones"
+        if uses_steps and not self.nesterov:
+            # For each variable sum(g_prev d) and sum(d h d) of its last update, each in two parts
+            # of this type that make up a double. Only the fused op keeps them; NaN: not known.
+            self.curvature_sums = self._add_state(
+                "curvature_sums", np.full((len(var_list), 4), np.nan), self.compute_dtype
             )
         if self.lars_coefficient:
             self.trust_ratios = self.add_variable(
@@ -214,8 +233,11 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             "reals": self.reals,
             "counts": self.counts,
         }
-        for name, slot in self.slots.items():
-            variables[name] = [slot[i] for i in positions]
+        variables["slots"] = {
+            name: [slot[i] for i in positions] for name, slot in self.slots.items()
+        }
+        if hasattr(self, "curvature_sums"):
+            variables["curvature_sums"] = self.curvature_sums
         if self.lars_coefficient:
             variables["trust_ratios"] = self.trust_ratios
         if self.line_search is not None:
@@ -260,12 +282,31 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             "rejected_curvatures" (updates whose y^T s was too small to be trusted). All zero before
             the first update, but for the scale.
         """
-        shown = ("beta", "step_size", "learning_rate_scale", "curvature", "cosine", *COUNTS[:3])
-        values = {name: 0.0 for name in shown} | {"learning_rate_scale": 1.0}
+        shown = (*REALS[1:], "learning_rate_scale", *COUNTS[:3])
+        values = dict.fromkeys(shown, 0.0) | {"learning_rate_scale": 1.0}
         if self.built:
             values.update(zip(self.real_names, ops.convert_to_numpy(self.reals).tolist()))
             values.update(zip(COUNTS, ops.convert_to_numpy(self.counts).tolist()))
         return {name: float(values[name]) for name in shown}
+
+    def save_own_variables(self, store):
+        """Stores the variables, and which settings they belong to."""
+        super().save_own_variables(store)
+        store["layout"] = np.frombuffer(json.dumps(self._layout()).encode(), np.uint8)
+
+    def _layout(self):
+        """The settings that decide which variables there are and what they mean."""
+        names = {
+            name: type(getattr(self, name)).__name__ for name in ("preconditioner", "line_search")
+        }
+        return {
+            **names,
+            "slots": [*self.slots] if self.built else [],
+            "nesterov": self.nesterov,
+            "lars_coefficient": self.lars_coefficient is not None,
+            "use_ema": self.use_ema,
+            "gradient_accumulation_steps": bool(self.gradient_accumulation_steps),
+        }
 
     def load_own_variables(self, store):
         """Restores the optimizer from a saved model.
@@ -274,28 +315,47 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         it: a warning, and the weights alone are loaded.
 
         Raises:
-            ValueError: if the saved state does not fit, where Keras would only warn.
+            ValueError: if the saved state is of other settings, where Keras would only warn or
+                take one variable for another.
         """
-        if self.built and len(store.keys()) == self._count_without_slots:
+        saved = {name: store[name] for name in store.keys() if name != "layout"}
+        if self.built and len(saved) == self._count_without_slots:
             # Saved before the first update: there are no slots to restore.
             for i, variable in enumerate(self.variables[: self._count_without_slots]):
-                variable.assign(store[str(i)])
+                variable.assign(saved[str(i)])
             return
-        if self.built and store.keys() and len(store.keys()) != len(self.variables):
+        if self.built and saved:
+            self._check_layout(store, len(saved))
+        super().load_own_variables(saved)
+
+    def _check_layout(self, store, count):
+        if "layout" not in store.keys():
             raise ValueError(
-                f"The saved state of optimizer '{self.name}' has {len(store.keys())} variables, "
-                f"but this optimizer has {len(self.variables)}. Were update_rule, preconditioner, "
-                "line_search, lars_coefficient, use_ema, gradient_accumulation_steps and the "
-                "trainable variables the same when it was saved?"
+                f"The saved state of optimizer '{self.name}' does not say which settings it "
+                "belongs to: it is of nlcg_tf 0.1.0, or of another optimizer."
             )
-        super().load_own_variables(store)
+        layout, own = json.loads(np.asarray(store["layout"]).tobytes()), self._layout()
+        other = [
+            f"{name}: saved {layout.get(name)!r}, wanted {own[name]!r}"
+            for name in own
+            if layout.get(name) != own[name]
+        ]
+        if count != len(self.variables):
+            other.append(f"variables: saved {count}, wanted {len(self.variables)}")
+        if other:
+            raise ValueError(
+                f"The saved state of optimizer '{self.name}' is of other settings: "
+                + "; ".join(other)
+            )
 
     def get_config(self):
         config = super().get_config()
         config.update(
             update_rule=self.update_rule,
-            preconditioner=self.preconditioner,
-            line_search=self.line_search and keras.saving.serialize_keras_object(self.line_search),
+            preconditioner=keras.saving.serialize_keras_object(self.preconditioner),
+            line_search=keras.saving.serialize_keras_object(self.line_search),
+            nesterov=self.nesterov,
+            momentum=self.momentum,
             epsilon=self.epsilon,
             lars_coefficient=self.lars_coefficient,
             fused=self.fused,
@@ -309,9 +369,9 @@ def _check(name, value, choices):
         raise ValueError(f"`{name}` must be one of {options}. Received: {name}={value!r}")
 
 
-def _check_positive(name, value, at_least=1e-300):
+def _check_number(name, value, least, most):
     valid = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not valid or not at_least <= value < 1e30:
+    if not valid or not least <= value <= most:
         raise ValueError(
-            f"`{name}` must be a number between {at_least} and 1e30. Received: {name}={value!r}"
+            f"`{name}` must be a number between {least} and {most}. Received: {name}={value!r}"
         )

@@ -1,15 +1,51 @@
-"""The diagonal BFGS preconditioner (Adya, Palakkode & Tuzel 2018, section 3.2.1).
+"""Preconditioners: what NLCG makes of the gradient before it looks for a conjugate direction.
 
-Pure functions of lists of tensors, one entry a variable; the inner products run over all of them.
+A preconditioner is a small object without state of its own. The optimizer keeps its state in slots,
+one tensor of the shape of each variable for each name, and hands them over as lists, one entry a
+variable. Sums run over the elements of all variables: the paper's w is the whole weight vector.
+
+    uses_steps = True                            whether `update` looks at y and s
+    initial_state()                           -> {name of a slot: initial float}
+    update(state, g, y, s, epsilon)           -> (the new state, whether y and s were good enough)
+    apply(state, g, epsilon)                  -> (P g, the mean of the diagonal that divides g)
+
+`state` is a dict of lists; g the gradient, y its change and s the step that changed it, zero in the
+first update and both `None` where they are not used. NLCG's direction then starts from z = -P g.
+All is total: nothing is raised, and what comes of a gradient that is not finite is dropped by the
+optimizer.
 """
 
+import dataclasses
+import math
+
+import keras
 from keras import ops
 
-from nlcg_tf.reductions import dot
+from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
+from nlcg_tf.reductions import dot, total
+
+
+def get(identifier):
+    """Resolves the `preconditioner` argument of `NLCG`.
+
+    Args:
+        identifier: `"bfgs"`, `"normalized_bfgs"`, `"rms"`, `None`, or an object with the methods
+            above.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    classes = {"bfgs": DiagonalBFGS, "normalized_bfgs": NormalizedBFGS, "rms": RMS}
+    return resolve("preconditioner", identifier, classes, ("initial_state", "update", "apply"))
+
+
+def uses_steps(preconditioner):
+    """Whether a preconditioner, or `None`, needs y and s."""
+    return preconditioner is not None and getattr(preconditioner, "uses_steps", True)
 
 
 def bfgs(h, y, s, epsilon):
-    """Diagonal of the BFGS update of the Hessian estimate.
+    """Diagonal of the BFGS update of the Hessian estimate (paper, section 3.2.1).
 
     Args:
         h: list of tensors, the diagonal before the update.
@@ -18,8 +54,8 @@ def bfgs(h, y, s, epsilon):
         epsilon: float, the least curvature that is trusted; also added to the denominators.
 
     Returns:
-        `(h_new, ys, accepted)`: the new diagonal, the curvature y^T s, and a scalar boolean that is
-        False where the pair (y, s) was rejected and `h_new` is `h`.
+        `(h_new, accepted)`: the new diagonal, and a scalar boolean that is False where the pair
+        (y, s) was rejected and `h_new` is `h`.
     """
     hs = [h_i * s_i for h_i, s_i in zip(h, s)]
     ys = dot(y, s)
@@ -33,4 +69,127 @@ def bfgs(h, y, s, epsilon):
         candidate = h_i - hs_i * (hs_i / (shs + epsilon)) + y_i * (y_i / (ys + epsilon))
         return ops.where(accepted & ops.isfinite(candidate), ops.abs(candidate), h_i)
 
-    return [update(*entry) for entry in zip(h, hs, y)], ys, accepted
+    return [update(*entry) for entry in zip(h, hs, y)], accepted
+
+
+def harmonic_mean(divisors):
+    """n / sum(1 / x) over all n elements of a list of tensors: a scalar, 1 where n is 0."""
+    count = sum(math.prod(x.shape) for x in divisors)
+    inverses = ops.sum(ops.stack([total(1 / x) for x in divisors]))
+    return count / inverses if count else ops.ones_like(inverses)
+
+
+class Identity:
+    """h = 1: what `preconditioner=None` stands for."""
+
+    def initial_state(self):
+        return {}
+
+    def update(self, state, g, y, s, epsilon):
+        return state, True
+
+    def apply(self, state, g, epsilon):
+        return [g_i / (1 + epsilon) for g_i in g], ops.ones((), g[0].dtype)
+
+
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+@dataclasses.dataclass
+class DiagonalBFGS(Configurable):
+    """The paper's preconditioner (section 3.2.1): P g = g / (h + epsilon), h by `bfgs`.
+
+    For gradients without noise. y holds the noise of two mini-batches, which does not shrink with
+    the step s, so that y^2 / y^T s grows as steps shrink, and they shrink because h grows:
+    `diagnostics()["preconditioner_mean"]`, the harmonic mean of h, then rises without end.
+    """
+
+    def initial_state(self):
+        return {"hessian_diagonal": 1.0}
+
+    def update(self, state, g, y, s, epsilon):
+        h, accepted = bfgs(state["hessian_diagonal"], y, s, epsilon)
+        return {"hessian_diagonal": h}, accepted
+
+    def apply(self, state, g, epsilon):
+        divisors = [h_i + epsilon for h_i in state["hessian_diagonal"]]
+        return [g_i / x_i for g_i, x_i in zip(g, divisors)], harmonic_mean(divisors)
+
+
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+@dataclasses.dataclass
+class NormalizedBFGS(DiagonalBFGS):
+    """`DiagonalBFGS` that keeps the mean step as it is, and forgets.
+
+        h = decay * bfgs(h) + (1 - decay)
+        P g = H g / (h + epsilon),  H = the harmonic mean of h + epsilon
+
+    Only the relative curvature counts: the mean over all elements of step per gradient is the
+    learning rate, as in SGD, whatever the noise in the gradients does to the size of h. What was
+    learned at old weights fades towards 1, in `1 / (1 - decay)` updates.
+
+    Args:
+        decay: float in (0, 1]; 1 forgets nothing.
+
+    Raises:
+        ValueError: for a decay outside this range.
+    """
+
+    decay: float = 0.99
+
+    def __post_init__(self):
+        self._check("decay", is_fraction, "lie in (0, 1]")
+
+    def update(self, state, g, y, s, epsilon):
+        state, accepted = super().update(state, g, y, s, epsilon)
+        h = [h_i + (1 - self.decay) * (1 - h_i) for h_i in state["hessian_diagonal"]]
+        return {"hessian_diagonal": h}, accepted
+
+    def apply(self, state, g, epsilon):
+        quotients, mean = super().apply(state, g, epsilon)
+        return [mean * q_i for q_i in quotients], mean
+
+
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+@dataclasses.dataclass
+class RMS(Configurable):
+    """Division by the root of a running mean of squared gradients, at the gradient's own length.
+
+        v = decay * v + (1 - decay) g^2
+        q = g / (sqrt(v) + epsilon)
+        P g = c q,  c = ||g|| / ||q||
+
+    The direction of RMSProp (Tieleman & Hinton 2012) grafted to the length of the gradient (Agarwal
+    et al. 2020, arXiv 2002.11803), so that learning rates are those of SGD. Adam's correction of v
+    for its start at 0, one factor for all elements, would cancel in c. It looks at no step and
+    needs no previous gradient.
+
+    Args:
+        decay: float in (0, 1).
+
+    Raises:
+        ValueError: for a decay outside this range.
+    """
+
+    decay: float = 0.99
+
+    uses_steps = False
+
+    def __post_init__(self):
+        self._check("decay", lambda x: is_number(x) and 0 < x < 1, "lie in (0, 1)")
+
+    def initial_state(self):
+        return {"second_moment": 0.0}
+
+    def update(self, state, g, y, s, epsilon):
+        def update(v_i, g_i):
+            # An element whose square overflows keeps its value: infinity would never come back.
+            candidate = v_i + (1 - self.decay) * (g_i * g_i - v_i)
+            return ops.where(ops.isfinite(candidate), candidate, v_i)
+
+        return {"second_moment": [update(*e) for e in zip(state["second_moment"], g)]}, True
+
+    def apply(self, state, g, epsilon):
+        q = [g_i / (ops.sqrt(v_i) + epsilon) for g_i, v_i in zip(g, state["second_moment"])]
+        scale = ops.sqrt(dot(g, g) / dot(q, q))
+        # Where the squares vanish or overflow there is no direction to trust.
+        scale = ops.where(ops.isfinite(scale), scale, ops.zeros_like(scale))
+        return [scale * q_i for q_i in q], scale

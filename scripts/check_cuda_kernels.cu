@@ -10,17 +10,19 @@ namespace {
 // that the calls share, which takes no time; the stream orders them.
 template <typename T>
 const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, T** h,
-                   T** g_prev, T** g, T* ratios, const int64_t* sizes, const double* weight_decays,
+                   T** g_prev, T** g, T* ratios, T* sums, const int64_t* sizes,
+                   const double* weight_decays,
                    const T* learning_rate, const T* loss, T* reals, int64_t* counts) {
   std::vector<nlcg::Variable<T>> variables(count);
   for (int i = 0; i < count; ++i) {
     variables[i] = {w[i],
                     d[i],
-                    settings->preconditioner ? h[i] : nullptr,
-                    g_prev[i],
-                    g_prev[i],
+                    settings->preconditioner != nlcg::kIdentity ? h[i] : nullptr,
+                    nlcg::KeepsGradient(*settings) ? g_prev[i] : nullptr,
+                    nlcg::KeepsGradient(*settings) ? g_prev[i] : nullptr,
                     g[i],
                     settings->lars_coefficient > 0 ? ratios + i : nullptr,
+                    nlcg::KeepsSums(*settings) ? sums + 4 * i : nullptr,
                     sizes[i],
                     weight_decays[i]};
   }
@@ -51,11 +53,12 @@ extern "C" int nlcg_settings_bytes() { return sizeof(nlcg::Settings); }
 
 #define NLCG_EXPORT(T, name)                                                                    \
   extern "C" const char* name(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, \
-                              T** h, T** g_prev, T** g, T* ratios, const int64_t* sizes,        \
-                              const double* weight_decays, const T* learning_rate,              \
-                              const T* loss, T* reals, int64_t* counts) {                       \
-    return Update<T>(settings, fresh, count, w, d, h, g_prev, g, ratios, sizes, weight_decays,  \
-                     learning_rate, loss, reals, counts);                                       \
+                              T** h, T** g_prev, T** g, T* ratios, T* sums,                     \
+                              const int64_t* sizes, const double* weight_decays,                \
+                              const T* learning_rate, const T* loss, T* reals,                  \
+                              int64_t* counts) {                                                \
+    return Update<T>(settings, fresh, count, w, d, h, g_prev, g, ratios, sums, sizes,           \
+                     weight_decays, learning_rate, loss, reals, counts);                        \
   }
 NLCG_EXPORT(float, nlcg_update_float32)
 NLCG_EXPORT(double, nlcg_update_float64)

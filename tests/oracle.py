@@ -20,15 +20,31 @@ STEP_FACTORS = [
 class Oracle:
     """One update a call of `update`; `sizes` tells LARS where each variable lies in the vector."""
 
-    def __init__(self, w, sizes, rule, preconditioner, line_search, epsilon=1e-8, lars=None):
+    def __init__(
+        self,
+        w,
+        sizes,
+        rule,
+        preconditioner,
+        line_search,
+        epsilon=1e-8,
+        lars=None,
+        nesterov=False,
+        momentum=0.9,
+        decay=0.99,
+    ):
         self.w = np.array(w, np.float64)
         self.sizes, self.rule, self.eps, self.lars = sizes, rule, epsilon, lars
         self.preconditioner, self.line_search = preconditioner, line_search
-        self.h = np.ones_like(self.w)
+        self.nesterov, self.momentum, self.decay = nesterov, momentum, decay
+        self.h = np.ones_like(self.w)  # BFGS
+        self.v = np.zeros_like(self.w)  # RMS
         self.d = np.zeros_like(self.w)
-        self.g_prev = np.zeros_like(self.w)
+        self.g_prev, self.z = np.zeros_like(self.w), np.zeros_like(self.w)
+        self.s = np.zeros_like(self.w)  # the last step, without weight decay
         self.alpha = np.zeros_like(self.w)
-        self.delta = self.beta = self.curvature = self.cosine = 0.0
+        self.delta = self.beta = self.curvature = self.cosine = self.kappa = 0.0
+        self.preconditioner_mean = 1.0
         self.scale = 1.0
         self.previous_loss = self.ema = self.ema_compared = None
         self.updates = self.skipped = self.rejected = 0
@@ -38,10 +54,29 @@ class Oracle:
         if not np.isfinite(g).all() or (self.line_search and not np.isfinite(loss)):
             self.skipped += 1
             return
-        h_before = self.h.copy()
-        if self.preconditioner and self.updates > 0:
-            y = g - self.g_prev
-            s = self.alpha * self.d
+        if self.preconditioner in ("bfgs", "normalized_bfgs"):
+            self._learn_h(g)
+        if self.preconditioner == "rms":
+            self.v = self.decay * self.v + (1 - self.decay) * g**2
+        z_prev, self.z = self.z, self._precondition(g)
+        delta_new = -float(g @ self.z)
+        self.beta = self._beta(g, delta_new, z_prev) if self.updates > 0 else 0.0
+        self.d = self.z + self.beta * self.d
+        direction = self.z + self.beta * self.d if self.nesterov else self.d
+        self.delta, self.g_prev = delta_new, g
+        self.cosine = float(-g @ direction / (np.linalg.norm(g) * np.linalg.norm(direction)))
+        if self.line_search:
+            getattr(self, "_" + self.line_search)(loss)
+        decayed = self.w * (1 - weight_decay * learning_rate)
+        self.step_size = learning_rate * self.scale
+        self.alpha = self.step_size * self._trust_ratios(direction)
+        self.s = self.alpha * direction
+        self.w = decayed + self.s
+        self.updates += 1
+
+    def _learn_h(self, g):
+        if self.updates > 0:
+            y, s = g - self.g_prev, self.s
             ys = self.curvature = float(np.sum(y * s))
             shs = float(np.sum(s * self.h * s))
             if ys > self.eps and shs > self.eps:
@@ -49,33 +84,41 @@ class Oracle:
                 self.h = np.abs(self.h - down + y**2 / (ys + self.eps))
             else:
                 self.rejected += 1
-        z = -g / (self.h + self.eps)
-        delta_new = -float(np.sum(g * z))
-        beta = 0.0
-        if self.updates > 0:
-            top = delta_new
-            if self.rule == "polak_ribiere":
-                top -= float(np.sum(g * self.g_prev / (h_before + self.eps)))
-            beta = min(max(top / (self.delta + self.eps), 0.0), 1.0)
-        self.d = z + beta * self.d
-        self.delta, self.beta, self.g_prev = delta_new, beta, g
-        self.cosine = float(-g @ self.d / (np.linalg.norm(g) * np.linalg.norm(self.d)))
-        if self.line_search:
-            getattr(self, "_" + self.line_search)(loss)
-        decayed = self.w * (1 - weight_decay * learning_rate)
-        self.step_size = learning_rate * self.scale
-        self.alpha = self.step_size * self._trust_ratios()
-        self.w = decayed + self.alpha * self.d
-        self.updates += 1
+        if self.preconditioner == "normalized_bfgs":
+            self.h = self.decay * self.h + (1 - self.decay)
 
-    def _trust_ratios(self):
+    def _precondition(self, g):
+        """z, minus the preconditioned gradient."""
+        if self.preconditioner == "rms":
+            q = g / (np.sqrt(self.v) + self.eps)
+            self.preconditioner_mean = np.linalg.norm(g) / np.linalg.norm(q) if q.any() else 0.0
+            return -self.preconditioner_mean * q
+        if self.preconditioner is None:
+            return -g / (1 + self.eps)
+        divisor = self.h + self.eps
+        self.preconditioner_mean = len(g) / np.sum(1 / divisor) if len(g) else 1.0
+        normalized = self.preconditioner == "normalized_bfgs"
+        return -(self.preconditioner_mean if normalized else 1.0) * g / divisor
+
+    def _beta(self, g, delta_new, z_prev):
+        top = delta_new
+        if self.rule == "polak_ribiere":
+            top += float(g @ z_prev)
+        beta = min(max(top / (self.delta + self.eps), 0.0), 1.0)
+        if self.rule == "blended":
+            norms = np.linalg.norm(g) * np.linalg.norm(self.g_prev)
+            self.kappa = max(float(g @ self.g_prev) / norms, 0.0) if norms else 0.0
+            beta = self.kappa * beta + (1 - self.kappa) * self.momentum
+        return beta
+
+    def _trust_ratios(self, direction):
         ratios = np.ones_like(self.w)
         start = 0
         for size in self.sizes if self.lars else []:
             part = slice(start, start + size)
             norm = np.linalg.norm(self.w[part])
             if norm > 0:
-                ratios[part] = self.lars * norm / (np.linalg.norm(self.d[part]) + self.eps)
+                ratios[part] = self.lars * norm / (np.linalg.norm(direction[part]) + self.eps)
             start += size
         return ratios
 

@@ -15,13 +15,17 @@ def flat(arrays):
 def make_oracle(optimizer, weights, **arguments):
     """An oracle with the settings of an NLCG optimizer, starting from `weights`."""
     names = {"OnlineLineSearch": "online", "StepLineSearch": "step", "NoneType": None}
+    names |= {"DiagonalBFGS": "bfgs", "NormalizedBFGS": "normalized_bfgs", "RMS": "rms"}
     return Oracle(
         flat(weights),
         [np.size(w) for w in weights],
         optimizer.update_rule,
-        optimizer.preconditioner,
+        names[type(optimizer.preconditioner).__name__],
         names[type(optimizer.line_search).__name__],
         lars=optimizer.lars_coefficient,
+        nesterov=optimizer.nesterov,
+        momentum=optimizer.momentum,
+        decay=getattr(optimizer.preconditioner, "decay", None),
         **arguments,
     )
 

@@ -9,30 +9,44 @@ SHAPES = [(3, 4), (), (0,), (7,)]
 class Call:
     """The arguments of one call, valid until a test spoils them, and the variables behind them."""
 
-    def __init__(self, seed=0, dtype=tf.float32, preconditioner=True, lars=0.0):
+    def __init__(
+        self,
+        seed=0,
+        dtype=tf.float32,
+        preconditioner="bfgs",
+        lars=0.0,
+        update_rule="fletcher_reeves",
+        nesterov=False,
+    ):
         rng = np.random.default_rng(seed)
         make = lambda shape: tf.Variable(tf.constant(rng.normal(size=shape), dtype))  # noqa: E731
         self.weights = [make(shape) for shape in SHAPES]
-        kinds = 3 if preconditioner else 2
+        bfgs = preconditioner in ("bfgs", "normalized_bfgs")
+        keeps_gradient = bfgs or update_rule != "fletcher_reeves"
+        kinds = 1 + keeps_gradient + (preconditioner != "none")
         self.slots = [make(shape) for _ in range(kinds) for shape in SHAPES]
-        self.reals = tf.Variable(tf.zeros(7, dtype))
+        self.reals = tf.Variable(tf.zeros(9, dtype))
         self.counts = tf.Variable(tf.zeros(4, tf.int64))
         self.ratios = [tf.Variable(tf.ones(len(SHAPES), dtype))] if lars else []
-        self.variables = [*self.weights, *self.slots, self.reals, self.counts, *self.ratios]
+        self.sums = [tf.Variable(tf.zeros((len(SHAPES), 4), dtype))] if bfgs and not nesterov else []
+        self.variables = [*self.weights, *self.slots, self.reals, self.counts]
+        self.variables += [*self.ratios, *self.sums]
         self.arguments = {
             "weights": [v.handle for v in self.weights],
             "slots": [v.handle for v in self.slots],
             "reals": self.reals.handle,
             "counts": self.counts.handle,
             "trust_ratios": [v.handle for v in self.ratios],
+            "curvature_sums": [v.handle for v in self.sums],
             "gradients": [tf.constant(rng.normal(size=shape), dtype) for shape in SHAPES],
             "learning_rate": tf.constant(0.1, dtype),
             "loss": tf.constant(1.0, dtype),
-            "settings": tf.constant([1e-8, lars, 1.025, 1e-4, 0.02, 0.01, 0.975], tf.float64),
+            "settings": _settings(1e-8, lars),
             "weight_decays": tf.zeros(len(SHAPES), tf.float64),
             "preconditioner": preconditioner,
             "positions": list(range(len(SHAPES))),
-            "update_rule": "fletcher_reeves",
+            "update_rule": update_rule,
+            "nesterov": nesterov,
             "line_search": "online",
         }
 
@@ -50,6 +64,11 @@ class Call:
 
     def bits(self):
         return [v.numpy().tobytes() for v in self.variables]
+
+
+def _settings(epsilon=1e-8, lars=0.0, momentum=0.9, decay=0.99):
+    search = [1.025, 1e-4, 0.02, 0.01, 0.975]
+    return tf.constant([epsilon, lars, momentum, decay, *search], tf.float64)
 
 
 def _set(name, value):
@@ -116,25 +135,43 @@ SPOILERS = {
     "a weight as a slot": _replace("slots", 0, lambda call: call.weights[0].handle),
     "the same slot twice": _replace("slots", 4, lambda call: call.slots[0].handle),
     "reals as counts": _set("counts", lambda call: call.reals.handle),
-    "reals too short": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros(6)))),
-    "reals of another rank": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros((7, 1))))),
+    "reals too short": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros(8)))),
+    "reals of another rank": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros((9, 1))))),
     "counts too long": _set("counts", lambda call: call.keep(tf.Variable(tf.zeros(5, tf.int64)))),
     "counts of another type": _set("counts", lambda call: call.keep(tf.Variable(tf.zeros(4)))),
     "ratios without a coefficient": _set(
         "trust_ratios", lambda call: [call.keep(tf.Variable(tf.ones(4)))]
     ),
     "a coefficient without ratios": _set(
-        "settings", tf.constant([1e-8, 0.1, 1.025, 1e-4, 0.02, 0.01, 0.975], tf.float64)
+        "settings", _settings(lars=0.1)
     ),
+    "BFGS without sums": _set("curvature_sums", []),
+    "two variables of sums": _set(
+        "curvature_sums",
+        lambda call: [call.sums[0].handle, call.keep(tf.Variable(tf.zeros((4, 4))))],
+    ),
+    "sums as a vector": _set("curvature_sums", lambda call: [call.keep(tf.Variable(tf.zeros(16)))]),
+    "sums too narrow": _set(
+        "curvature_sums", lambda call: [call.keep(tf.Variable(tf.zeros((4, 3))))]
+    ),
+    "sums of another type": _set(
+        "curvature_sums", lambda call: [call.keep(tf.Variable(tf.zeros((4, 4), tf.int32)))]
+    ),
+    "sums that the look-ahead has not": _set("nesterov", True),
+    "slots of another rule": _set("preconditioner", "none"),
+    "unknown preconditioner": _set("preconditioner", "adam"),
     "vector learning rate": _set("learning_rate", tf.zeros(2)),
     "empty learning rate": _set("learning_rate", tf.zeros(0)),
     "vector loss": _set("loss", tf.zeros(1)),
     "no settings": _set("settings", tf.zeros(0, tf.float64)),
-    "short settings": _set("settings", tf.constant([1e-8, 0.0], tf.float64)),
+    "short settings": _set("settings", tf.constant([1e-8, 0.0, 0.9, 0.99], tf.float64)),
     "scalar settings": _set("settings", tf.constant(1e-8, tf.float64)),
-    "settings with NaN": _set("settings", tf.constant([1e-8, 0, np.nan, 0, 0, 0, 0], tf.float64)),
-    "epsilon zero": _set("settings", tf.constant([0, 0, 1, 1, 1, 1, 1], tf.float64)),
-    "negative coefficient": _set("settings", tf.constant([1, -1, 1, 1, 1, 1, 1], tf.float64)),
+    "settings with NaN": _set("settings", _settings(np.nan)),
+    "epsilon zero": _set("settings", _settings(0.0)),
+    "negative coefficient": _set("settings", _settings(lars=-1.0)),
+    "momentum one": _set("settings", _settings(momentum=1.0)),
+    "decay zero": _set("settings", _settings(decay=0.0)),
+    "decay above one": _set("settings", _settings(decay=1.01)),
     "settings of another line search": _set("line_search", "step"),
     "unknown line search": _set("line_search", "armijo"),
     "unknown rule": _set("update_rule", "newton"),
@@ -143,7 +180,7 @@ SPOILERS = {
     "too few positions": _set("positions", [0, 1, 2]),
     "uninitialized weight": _replace("weights", 0, lambda call: _uninitialized()),
     "uninitialized slot": _replace("slots", 0, lambda call: _uninitialized()),
-    "uninitialized reals": _set("reals", lambda call: _uninitialized((7,))),
+    "uninitialized reals": _set("reals", lambda call: _uninitialized((9,))),
     "deleted weight": _replace("weights", 0, lambda call: _deleted()),
     "deleted slot": _replace("slots", 0, lambda call: _deleted()),
     "a hash table as weight": _replace("weights", 0, lambda call: _table()),
@@ -194,7 +231,10 @@ def fuzz(library, calls, seed):
         if call is None or rng.random() < 0.02:
             dtype = [tf.float32, tf.float64][rng.integers(2)]
             lars = [0.0, 0.01][rng.integers(2)]
-            call = Call(int(rng.integers(1000)), dtype, bool(rng.integers(2)), lars)
+            preconditioner = ["none", "bfgs", "normalized_bfgs", "rms"][rng.integers(4)]
+            rule = ["fletcher_reeves", "polak_ribiere", "blended"][rng.integers(3)]
+            seed, nesterov = int(rng.integers(1000)), bool(rng.integers(2))
+            call = Call(seed, dtype, preconditioner, lars, rule, nesterov)
             good, before = dict(call.arguments), call.bits()
         call.arguments = dict(good)
         if rng.random() < 0.3:

@@ -1,12 +1,17 @@
 // The NLCG update (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886), section 2 and 3: what the CPU and
 // the CUDA kernel share. No TensorFlow here: plain pointers, sizes, a stream.
 //
-// Three sweeps over the parameters are the least that the algorithm allows, since h needs y's and
-// s'hs of all variables, and beta needs delta of the new h:
+// Sweeps over the parameters; a T is read or written once for each name:
 //
-//   1. read g, g_prev, d, h             -> ys, shs, delta_mid, whether g is finite
-//   2. read g, g_prev, d, h, write h    -> delta_new
-//   3. read g, h, d, w, write d, w, g_prev -> the sums for the cosine
+//   1. BFGS: read g, d             -> y's, s'hs, whether g is finite. The sums over the old gradient
+//      come from sweep 3 of the update before; where they are not known, or with Nesterov's
+//      look-ahead, g_prev and h are read as well.
+//   2. BFGS: read g, g_prev, d, h, write h  -> delta of the new h, which beta needs of all variables
+//   1+2. RMS: read g, v; no preconditioner: read g
+//   3. read g, d, w (h or v), write d, w (v), g_prev -> the sums for the cosine and for the next 1
+//
+// That is 14 transfers of the parameter vector with BFGS, 9 with RMS and Fletcher-Reeves, 6 without
+// preconditioner; Polak-Ribiere and the blended rule keep g_prev in any case.
 //
 // Sums are taken over chunks of fixed size, in fixed order: the bits do not depend on the number of
 // threads. Nothing is written before it is known whether the update is to be skipped.
@@ -16,6 +21,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -27,21 +33,36 @@
 
 namespace nlcg {
 
-// Positions in the optimizer's two vectors of scalars; optimizer.py has the same lists.
-enum Real { kDelta, kStepSize, kBeta, kCurvature, kCosine, kScale, kLoss, kComparedLoss };
+// Positions in the optimizer's two vectors of scalars; composed.py has the same lists.
+enum Real {
+  kDelta,
+  kStepSize,
+  kBeta,
+  kCurvature,
+  kCosine,
+  kKappa,
+  kMean,
+  kScale,
+  kLoss,
+  kComparedLoss
+};
 enum Count { kUpdates, kSkipped, kRejected, kLastApplied, kCounts };
 
-enum Rule { kFletcherReeves, kPolakRibiere };
+enum Preconditioner { kIdentity, kBfgs, kNormalizedBfgs, kRms };
+enum Rule { kFletcherReeves, kPolakRibiere, kBlended };
 enum LineSearch { kNoLineSearch, kOnline, kStep };
 
 constexpr int kMaxLimits = 16;
 
 struct Settings {
-  bool preconditioner;
+  int preconditioner;
   int rule;
   int line_search;
+  bool nesterov;
   double epsilon;
   double lars_coefficient;  // 0: off
+  double momentum;          // of the blended rule
+  double decay;             // of the preconditioner
   // Online line search
   double decrease_threshold, increase_threshold, decrease_factor;
   // Step line search
@@ -50,6 +71,21 @@ struct Settings {
   // Both
   double increase_factor, minimum_scale;
 };
+
+NLCG_HOST_DEVICE bool UsesBfgs(const Settings& settings) {
+  return settings.preconditioner == kBfgs || settings.preconditioner == kNormalizedBfgs;
+}
+
+// Whether there is a slot for the previous gradient.
+NLCG_HOST_DEVICE bool KeepsGradient(const Settings& settings) {
+  return UsesBfgs(settings) || settings.rule != kFletcherReeves;
+}
+
+// Whether sweep 3 leaves sums for the next sweep 1. The look-ahead's step has none: its product with
+// the coming gradient takes all that is read.
+NLCG_HOST_DEVICE bool KeepsSums(const Settings& settings) {
+  return UsesBfgs(settings) && !settings.nesterov;
+}
 
 // The number of reals that the settings need.
 inline int RealCount(const Settings& settings) {
@@ -62,22 +98,33 @@ template <typename T>
 struct Variable {
   T* w;
   T* d;
-  T* h;             // null without preconditioner
-  const T* g_prev;
-  T* g_prev_out;    // null: the caller keeps the buffer of g as the next g_prev
+  T* h;               // BFGS: h; RMS: v; otherwise null
+  const T* g_prev;    // null where it is not kept
+  T* g_prev_out;      // null: not kept, or the caller keeps the buffer of g as the next g_prev
   const T* g;
-  T* trust_ratio;   // the LARS factor of this variable's last step; null: 1
+  T* trust_ratio;     // the LARS factor of this variable's last step; null: 1
+  T* curvature_sums;  // sum(g_prev d) and sum(d h d), each in two parts; null where not kept
   int64_t size;
   double weight_decay;
 };
+
+// What the sweeps add up over a chunk.
+constexpr int kSums = 7;
+struct Sums {
+  double of[kSums];
+};
+enum CurvatureSum { kCheck, kYs, kShs };  // kCheck: 0 where all gradients are finite, NaN otherwise
+// kFresh: g'(g/x) of the divisor x; kDivisor: 1/x (BFGS) or (g/x)^2 (RMS); kMid: g'(g_prev/x_prev)
+enum DirectionSum { kFresh = 1, kDivisor, kMid, kGg, kGp, kPp };
+enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 
 // What one sweep tells the next; the new scalars wait here until the update is known to be done.
 template <typename T>
 struct Stage {
   bool skip, first, accepted;
-  T step_prev, inv_ys, inv_shs;
-  T beta, alpha, learning_rate;
-  double delta_mid;
+  T step_prev, beta_prev, scale_prev;
+  T inv_ys, inv_shs;
+  T scale, beta, alpha, learning_rate;
   T reals[kComparedLoss + 1];
 };
 
@@ -100,8 +147,33 @@ NLCG_HOST_DEVICE V HessianDiagonal(V h, V s, V y, T inv_shs, T inv_ys) {
 }
 
 template <typename V, typename T>
-NLCG_HOST_DEVICE V Direction(V g, V h, V d, T epsilon, T beta) {
-  return beta * d - g / (h + epsilon);
+NLCG_HOST_DEVICE V Forget(V h, T rate) {
+  return h + rate * (T(1) - h);
+}
+
+template <typename V, typename T>
+NLCG_HOST_DEVICE V SecondMoment(V v, V g, T rate) {
+  // An element whose square overflows keeps its value: infinity would never come back.
+  const V updated = v + rate * (g * g - v);
+  return updated - updated == 0 ? updated : v;
+}
+
+NLCG_HOST_DEVICE float Sqrt(float x) { return sqrtf(x); }
+NLCG_HOST_DEVICE double Sqrt(double x) { return sqrt(x); }
+template <typename V>
+NLCG_HOST_DEVICE V Sqrt(V x) {
+  decltype(x[0] + 0) elements[sizeof(V) / sizeof(x[0])];  // a loop that compilers vectorise
+  std::memcpy(elements, &x, sizeof(x));
+  for (auto& element : elements) element = Sqrt(element);
+  std::memcpy(&x, elements, sizeof(x));
+  return x;
+}
+
+// The direction, from the gradient and what it is divided by; also the look-ahead, and the step of
+// the update before.
+template <typename V, typename T>
+NLCG_HOST_DEVICE V Direction(V g, V divisor, V d, T scale, T beta) {
+  return beta * d - scale * (g / divisor);
 }
 
 template <typename V, typename T>
@@ -123,6 +195,9 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
   const int64_t updates = counts[kUpdates];
   stage->first = updates == 0;
   stage->step_prev = reals[kStepSize];
+  stage->beta_prev = reals[kBeta];
+  const bool scaled = settings.preconditioner == kNormalizedBfgs || settings.preconditioner == kRms;
+  stage->scale_prev = scaled ? reals[kMean] : T(1);
   double scale = 1;
   if (settings.line_search != kNoLineSearch) scale = reals[kScale];
   if (settings.line_search == kOnline) {
@@ -161,55 +236,101 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
                 (settings.line_search != kNoLineSearch && !Finite(loss));
 }
 
-// After sweep 1. `gradient_check` is 0 where all gradients are finite, NaN otherwise.
+// After sweep 1 of BFGS.
 template <typename T>
-NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, double gradient_check, double ys,
-                                      double shs, double delta_mid, Stage<T>* stage) {
-  const T epsilon = T(settings.epsilon), curvature = T(ys), scaled = T(shs);
-  stage->skip = stage->skip || gradient_check != 0;
-  stage->accepted = settings.preconditioner && !stage->first && curvature > epsilon &&
-                    scaled > epsilon && Finite(curvature) && Finite(scaled);
+NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const Sums& sums, Stage<T>* stage) {
+  const T epsilon = T(settings.epsilon), curvature = T(sums.of[kYs]), scaled = T(sums.of[kShs]);
+  stage->skip = stage->skip || sums.of[kCheck] != 0;
+  stage->accepted = !stage->first && curvature > epsilon && scaled > epsilon &&
+                    Finite(curvature) && Finite(scaled);
   stage->inv_ys = T(1) / (curvature + epsilon);
   stage->inv_shs = T(1) / (scaled + epsilon);
-  stage->delta_mid = delta_mid;
-  stage->reals[kCurvature] = settings.preconditioner ? curvature : T(0);
+  stage->reals[kCurvature] = curvature;
 }
 
-// After sweep 2.
-template <typename T>
-NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals, double delta_new,
-                                      Stage<T>* stage) {
-  const T delta = T(delta_new);
-  double beta = delta;
-  if (settings.rule == kPolakRibiere) beta = double(delta) - T(stage->delta_mid);
-  beta = beta / (reals[kDelta] + T(settings.epsilon));
+NLCG_HOST_DEVICE double ClippedToOne(double x) {
   // Where the sums overflowed the direction starts again from steepest descent.
-  if (stage->first || !Finite(beta) || beta < 0) beta = 0;
-  stage->beta = T(beta > 1 ? 1 : beta);
+  return !Finite(x) || x < 0 ? 0 : x > 1 ? 1 : x;
+}
+
+// After sweep 2, or the first one without BFGS; `elements` are those of all variables.
+template <typename T>
+NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals, double elements,
+                                      const Sums& sums, Stage<T>* stage) {
+  stage->skip = stage->skip || sums.of[kCheck] != 0;
+  double mean = 1;
+  if (UsesBfgs(settings)) {
+    if (elements > 0) mean = elements / sums.of[kDivisor];
+  } else {
+    stage->reals[kCurvature] = 0;
+    if (settings.preconditioner == kRms) {
+      mean = sqrt(sums.of[kGg] / sums.of[kDivisor]);
+      // Where the squares vanish or overflow there is no direction to trust.
+      if (!Finite(mean)) mean = 0;
+    }
+  }
+  stage->reals[kMean] = T(mean);
+  const bool scaled = settings.preconditioner == kNormalizedBfgs || settings.preconditioner == kRms;
+  stage->scale = scaled ? T(mean) : T(1);
+  const T delta = T(stage->scale * sums.of[kFresh]);
+  double top = delta;
+  if (settings.rule == kPolakRibiere) top -= T(stage->scale_prev * sums.of[kMid]);
+  double beta = ClippedToOne(top / (reals[kDelta] + T(settings.epsilon))), kappa = 0;
+  if (settings.rule == kBlended) {
+    kappa = ClippedToOne(sums.of[kGp] / sqrt(sums.of[kGg]) / sqrt(sums.of[kPp]));
+    beta = kappa * beta + (1 - kappa) * settings.momentum;
+  }
+  stage->beta = stage->first ? T(0) : T(beta);
   stage->reals[kDelta] = delta;
   stage->reals[kBeta] = stage->beta;
+  stage->reals[kKappa] = T(kappa);
 }
 
 // After sweep 3: the scalars are written.
 template <typename T>
-NLCG_HOST_DEVICE void FinishStep(const Settings& settings, int real_count, double gd, double gg,
-                                 double dd, Stage<T>* stage, T* reals, int64_t* counts) {
+NLCG_HOST_DEVICE void FinishStep(const Settings& settings, int real_count, const Sums& sums,
+                                 Stage<T>* stage, T* reals, int64_t* counts) {
   counts[kLastApplied] = stage->skip ? 0 : 1;
   if (stage->skip) {
     counts[kSkipped] += 1;
     return;
   }
-  const double norms = sqrt(gg) * sqrt(dd);
-  stage->reals[kCosine] = norms > 0 ? T(-gd / norms) : T(0);
+  const double norms = sqrt(sums.of[kStepGg]) * sqrt(sums.of[kStepDd]);
+  stage->reals[kCosine] = norms > 0 ? T(-sums.of[kStepGd] / norms) : T(0);
   for (int i = 0; i < real_count; ++i) reals[i] = stage->reals[i];
   counts[kUpdates] += 1;
-  if (settings.preconditioner && !stage->first && !stage->accepted) counts[kRejected] += 1;
+  if (UsesBfgs(settings) && !stage->first && !stage->accepted) counts[kRejected] += 1;
+}
+
+// After sweep 3, for one variable and the sums over it alone: what its next step and the next sweep 1
+// need. A double is kept as two numbers of type T.
+template <typename T>
+NLCG_HOST_DEVICE void FinishVariable(const Settings& settings, const Sums& sums,
+                                     const Variable<T>& v) {
+  if (v.trust_ratio != nullptr) {
+    const double norm = sqrt(sums.of[kStepWw]);
+    const double ratio = settings.lars_coefficient * norm / (sqrt(sums.of[kStepDd]) + settings.epsilon);
+    *v.trust_ratio = norm > 0 ? T(ratio) : T(1);
+  }
+  if (v.curvature_sums != nullptr) {
+    for (int i = 0; i < 2; ++i) {
+      const double sum = sums.of[kNextGd + i];
+      v.curvature_sums[2 * i] = T(sum);
+      v.curvature_sums[2 * i + 1] = T(sum - T(sum));
+    }
+  }
+}
+
+// sum(g_prev d) and sum(d h d) of a variable as sweep 3 left them; NaN: not known.
+template <typename T>
+NLCG_HOST_DEVICE double CurvatureSum(const Variable<T>& v, int i) {
+  if (v.curvature_sums == nullptr) return NAN;
+  return double(v.curvature_sums[2 * i]) + v.curvature_sums[2 * i + 1];
 }
 
 template <typename T>
-NLCG_HOST_DEVICE T TrustRatio(const Settings& settings, double ww, double dd) {
-  const double norm = sqrt(ww);
-  return norm > 0 ? T(settings.lars_coefficient * norm / (sqrt(dd) + settings.epsilon)) : T(1);
+NLCG_HOST_DEVICE bool CurvatureSumsAreKnown(const Variable<T>& v) {
+  return Finite(CurvatureSum(v, 0)) && Finite(CurvatureSum(v, 1));
 }
 
 // Calls work(begin, end) on parts of [0, count), perhaps at the same time.

@@ -9,10 +9,14 @@ import warnings
 import keras
 
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
+from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
 BUILD_COMMAND = "python -m nlcg_tf.fused.build"
 LINE_SEARCHES = {type(None): "none", OnlineLineSearch: "online", StepLineSearch: "step"}
+PRECONDITIONERS = {type(None): "none", DiagonalBFGS: "bfgs"}
+PRECONDITIONERS |= {NormalizedBFGS: "normalized_bfgs", RMS: "rms"}
+SLOTS = ("direction", "previous_gradient", "hessian_diagonal", "second_moment")
 
 
 @functools.cache
@@ -68,11 +72,11 @@ def build_info():
     }
 
 
-def why_not(settings, weights):
+def why_not(optimizer, weights):
     """Why the op cannot do this update, in a sentence; `None` where it can.
 
     Args:
-        settings: the optimizer.
+        optimizer: the `NLCG`.
         weights: list of variables to be updated.
     """
     if keras.backend.backend() != "tensorflow":
@@ -87,19 +91,21 @@ def why_not(settings, weights):
     ):
         return "XLA has no kernel for it: use jit_compile=False"
     dtypes = sorted({keras.backend.standardize_dtype(v.dtype) for v in weights})
-    if dtypes not in (["float32"], ["float64"]) or dtypes != [settings.compute_dtype]:
+    if dtypes not in (["float32"], ["float64"]) or dtypes != [optimizer.compute_dtype]:
         return f"all variables must be float32 or all float64, they are {', '.join(dtypes)}"
-    if type(settings.line_search) not in LINE_SEARCHES:
-        return f"it does not know the line search {settings.line_search!r}"
-    search = settings.line_search
+    if type(optimizer.preconditioner) not in PRECONDITIONERS:
+        return f"it does not know the preconditioner {optimizer.preconditioner!r}"
+    if type(optimizer.line_search) not in LINE_SEARCHES:
+        return f"it does not know the line search {optimizer.line_search!r}"
+    search = optimizer.line_search
     if isinstance(search, StepLineSearch) and (len(search.limits) > 16 or search.period > 10**9):
         return "it knows at most 16 limits, and periods up to 10^9"
     module, reason = _load()
     if module is None:
         _warn_once(reason)
         return reason
-    slots = [v.value for slot in settings.slots.values() for v in slot if v is not None]
-    devices = {v.device for v in [*weights, *slots, settings.reals.value, settings.counts.value]}
+    slots = [v.value for slot in optimizer.slots.values() for v in slot if v is not None]
+    devices = {v.device for v in [*weights, *slots, optimizer.reals.value, optimizer.counts.value]}
     if len(devices) > 1:
         return f"its variables lie on several devices: {', '.join(sorted(map(str, devices)))}"
     if any("GPU" in (device or "") for device in devices) and not _recorded()["cuda"]:
@@ -112,7 +118,7 @@ def _warn_once(reason):
     warnings.warn(f"NLCG uses the slower composed update: {reason}", stacklevel=2)
 
 
-def update(settings, gradients, learning_rate, variables, positions, weight_decays):
+def update(optimizer, gradients, learning_rate, variables, positions, weight_decays):
     """One update by the op; the arguments are those of `nlcg_tf.composed.update`.
 
     Raises:
@@ -120,42 +126,41 @@ def update(settings, gradients, learning_rate, variables, positions, weight_deca
     """
     import tensorflow as tf
 
-    dtype = tf.as_dtype(settings.compute_dtype)
+    dtype = tf.as_dtype(optimizer.compute_dtype)
 
-    slots = [
-        v.handle
-        for name in ("direction", "previous_gradient", "hessian_diagonal")
-        for v in variables.get(name, [])
-    ]
+    slots = [v.handle for name in SLOTS for v in variables["slots"].get(name, [])]
     module, _ = _load()
     with tf.init_scope():  # the handles are constants of a graph, packed once
         packed = module.nlcg_pack_handles(slots)
-    loss = variables["loss"] if settings.line_search is not None else 0.0
+    loss = variables["loss"] if optimizer.line_search is not None else 0.0
     with tf.device("CPU:0"):  # where the op reads them; on a GPU they would have to be fetched
-        vector = tf.constant(_settings_vector(settings), tf.float64)
+        vector = tf.constant(_settings_vector(optimizer), tf.float64)
         weight_decays = tf.constant(weight_decays, tf.float64)
     module.nlcg_update(
         weights=[v.handle for v in variables["weights"]],
         slots=packed,
         reals=variables["reals"].handle,
         counts=variables["counts"].handle,
-        trust_ratios=[variables["trust_ratios"].handle] if settings.lars_coefficient else [],
+        trust_ratios=[variables["trust_ratios"].handle] if optimizer.lars_coefficient else [],
+        curvature_sums=[v.handle for v in (variables.get("curvature_sums"),) if v is not None],
         gradients=[tf.cast(g, dtype) for g in gradients],
         learning_rate=tf.cast(learning_rate, dtype),
         loss=tf.cast(loss, dtype),
         settings=vector,
         weight_decays=weight_decays,
-        preconditioner=settings.preconditioner is not None,
+        preconditioner=PRECONDITIONERS[type(optimizer.preconditioner)],
         positions=positions,
         keep_slots=not tf.executing_eagerly(),
-        update_rule=settings.update_rule,
-        line_search=LINE_SEARCHES[type(settings.line_search)],
+        update_rule=optimizer.update_rule,
+        nesterov=optimizer.nesterov,
+        line_search=LINE_SEARCHES[type(optimizer.line_search)],
     )
 
 
-def _settings_vector(settings):
-    vector = [settings.epsilon, settings.lars_coefficient or 0.0]
-    search = settings.line_search
+def _settings_vector(optimizer):
+    vector = [optimizer.epsilon, optimizer.lars_coefficient or 0.0, optimizer.momentum]
+    vector.append(getattr(optimizer.preconditioner, "decay", 1.0))
+    search = optimizer.line_search
     if search is not None:
         vector += [search.increase_factor, search.minimum_scale]
     if isinstance(search, OnlineLineSearch):

@@ -26,15 +26,19 @@ constexpr int64_t kStreamed = 65536;
 typedef float FloatVector __attribute__((vector_size(64)));
 typedef double DoubleVector __attribute__((vector_size(64)));
 
+typedef float HalfVector __attribute__((vector_size(32)));
+
 template <typename T>
 struct Simd;
 template <>
 struct Simd<float> {
   using Vector = FloatVector;
+  using Half = HalfVector;  // as many elements as a DoubleVector
 };
 template <>
 struct Simd<double> {
   using Vector = DoubleVector;
+  using Half = DoubleVector;
 };
 
 template <typename T>
@@ -88,97 +92,180 @@ NLCG_HOST_DEVICE void ForVectors(int64_t begin, int64_t end, Body& body) {
   if (i < end) body(i, end - i);
 }
 
-// What a sweep adds up over a chunk.
-struct Sums {
-  double a = 0, b = 0, c = 0, d = 0;
-  void Add(const Sums& other) {
-    a += other.a;
-    b += other.b;
-    c += other.c;
-    d += other.d;
+void Add(const Sums& from, Sums* to) {
+  for (int i = 0; i < kSums; ++i) to->of[i] += from.of[i];
+}
+
+// A sum in double of products of single elements, which are exact where T is float: of two such sums
+// the difference is taken.
+template <typename T>
+struct ExactSum {
+  using Half = typename Simd<T>::Half;
+  DoubleVector sum = {};
+  NLCG_HOST_DEVICE static DoubleVector Part(typename Simd<T>::Vector x, int i) {
+    Half half;
+    std::memcpy(&half, reinterpret_cast<const char*>(&x) + i * sizeof(Half), sizeof(Half));
+    return __builtin_convertvector(half, DoubleVector);
   }
+  static constexpr int kParts = sizeof(DoubleVector) / sizeof(Half);
+  NLCG_HOST_DEVICE void Add(typename Simd<T>::Vector x, typename Simd<T>::Vector y) {
+    for (int i = 0; i < kParts; ++i) sum += Part(x, i) * Part(y, i);
+  }
+  NLCG_HOST_DEVICE void Add(typename Simd<T>::Vector x, typename Simd<T>::Vector y,
+                            typename Simd<T>::Vector z) {
+    for (int i = 0; i < kParts; ++i) sum += Part(x, i) * Part(y, i) * Part(z, i);
+  }
+  NLCG_HOST_DEVICE double Result() const { return nlcg::Sum<double>(sum); }
 };
 
 // The bodies are functors, not lambdas: a lambda would not be compiled for its caller's instructions.
 
+// BFGS: y's and s'hs, from all that they are made of.
 template <typename T>
 struct CurvatureBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
+  const Stage<T>& stage;
   const T epsilon, step;
-  const bool middle;
-  V check = {}, ys = {}, shs = {}, mid = {};
+  const bool nesterov;
+  V check = {}, ys = {}, shs = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), g_prev = Load(v.g_prev + i, n), h = Load(v.h + i, n);
-    const V s = step * Load(v.d + i, n);
+    V s = Load(v.d + i, n);
+    if (nesterov) s = Direction(g_prev, h + epsilon, s, stage.scale_prev, stage.beta_prev);
+    s *= step;
     check += g - g;
     ys += (g - g_prev) * s;
     shs += s * (h * s);
-    if (middle) mid += g * (g_prev / (h + epsilon));
+  }
+  NLCG_HOST_DEVICE Sums Result() const { return {{Sum<T>(check), Sum<T>(ys), Sum<T>(shs)}}; }
+};
+
+// The same where sweep 3 left the sums over the old gradient.
+template <typename T>
+struct ProductBody {
+  using V = typename Simd<T>::Vector;
+  const Variable<T>& v;
+  V check = {};
+  ExactSum<T> gd = {};
+  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
+    const V g = Load(v.g + i, n);
+    check += g - g;
+    gd.Add(g, Load(v.d + i, n));
+  }
+  NLCG_HOST_DEVICE Sums Result() const { return {{Sum<T>(check), gd.Result()}}; }
+};
+
+// What beta needs, given the divisors of g and, for Polak-Ribiere, of g_prev.
+template <typename T>
+struct DirectionSums {
+  using V = typename Simd<T>::Vector;
+  const int rule;
+  V check = {}, fresh = {}, divisor = {}, mid = {}, gg = {}, gp = {}, pp = {};
+  NLCG_HOST_DEVICE void Add(V g, V quotient) {
+    check += g - g;
+    fresh += g * quotient;
+  }
+  NLCG_HOST_DEVICE void AddPrevious(V g, const Variable<T>& v, V old_divisor, int64_t i, int64_t n) {
+    if (rule == kPolakRibiere) mid += g * (Load(v.g_prev + i, n) / old_divisor);
+    if (rule == kBlended) {
+      const V g_prev = Load(v.g_prev + i, n);
+      gg += g * g;
+      gp += g * g_prev;
+      pp += g_prev * g_prev;
+    }
   }
   NLCG_HOST_DEVICE Sums Result() const {
-    return {Sum<T>(check), Sum<T>(ys), Sum<T>(shs), Sum<T>(mid)};
+    return {{Sum<T>(check), Sum<T>(fresh), Sum<T>(divisor), Sum<T>(mid), Sum<T>(gg), Sum<T>(gp),
+             Sum<T>(pp)}};
   }
 };
 
-// Without preconditioner: h = 1, and delta_new needs no second sweep.
+template <typename T, bool kAccepted>
+struct HessianBody {
+  using V = typename Simd<T>::Vector;
+  const Variable<T>& v;
+  const Stage<T>& stage;
+  const T epsilon, step, forget;
+  const bool nesterov;
+  DirectionSums<T> sums;
+  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
+    const V g = Load(v.g + i, n), h_before = Load(v.h + i, n);
+    V h = h_before;
+    if (kAccepted) {
+      const V g_prev = Load(v.g_prev + i, n);
+      V s = Load(v.d + i, n);
+      if (nesterov) s = Direction(g_prev, h + epsilon, s, stage.scale_prev, stage.beta_prev);
+      h = HessianDiagonal(h, step * s, g - g_prev, stage.inv_shs, stage.inv_ys);
+    }
+    if (forget != 0) h = Forget(h, forget);
+    if (kAccepted || forget != 0) Store(v.h + i, h, n);
+    V inverse = T(1) / (h + epsilon);
+    sums.Add(g, g * inverse);
+    // Elements that are not there have no part in the sum over 1 / h.
+    for (int64_t j = n; j < Lanes<T>(); ++j) inverse[j] = 0;
+    sums.divisor += inverse;
+    sums.AddPrevious(g, v, h_before + epsilon, i, n);
+  }
+  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
+};
+
+// Without preconditioner: h = 1.
 template <typename T>
 struct PlainBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
   const T epsilon;
-  const bool middle;
-  V check = {}, fresh = {}, mid = {};
+  DirectionSums<T> sums;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n);
-    check += g - g;
-    fresh += g * (g / (T(1) + epsilon));
-    if (middle) mid += g * (Load(v.g_prev + i, n) / (T(1) + epsilon));
+    const V g = Load(v.g + i, n), divisor = V{} + (T(1) + epsilon);
+    sums.Add(g, g / divisor);
+    sums.AddPrevious(g, v, divisor, i, n);
   }
-  NLCG_HOST_DEVICE Sums Result() const { return {Sum<T>(check), Sum<T>(fresh), 0, Sum<T>(mid)}; }
+  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
 
 template <typename T>
-struct HessianBody {
+struct RmsBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
-  const T epsilon, step, inv_shs, inv_ys;
-  V fresh = {};
+  const T epsilon, forget;
+  DirectionSums<T> sums;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n), y = g - Load(v.g_prev + i, n), s = step * Load(v.d + i, n);
-    const V h = HessianDiagonal(Load(v.h + i, n), s, y, inv_shs, inv_ys);
-    Store(v.h + i, h, n);
-    fresh += g * (g / (h + epsilon));
+    const V g = Load(v.g + i, n), before = Load(v.h + i, n);
+    const V quotient = g / (Sqrt(SecondMoment(before, g, forget)) + epsilon);
+    sums.Add(g, quotient);
+    sums.divisor += quotient * quotient;
+    if (sums.rule != kBlended) sums.gg += g * g;
+    const V old_divisor = sums.rule == kPolakRibiere ? Sqrt(before) + epsilon : before;
+    sums.AddPrevious(g, v, old_divisor, i, n);
   }
-  NLCG_HOST_DEVICE Sums Result() const { return {Sum<T>(fresh), 0, 0, 0}; }
+  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
 
-// Where the curvature was rejected h stays.
-template <typename T>
-struct RejectedBody {
-  using V = typename Simd<T>::Vector;
-  const Variable<T>& v;
-  const T epsilon;
-  V fresh = {};
-  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n);
-    fresh += g * (g / (Load(v.h + i, n) + epsilon));
-  }
-  NLCG_HOST_DEVICE Sums Result() const { return {Sum<T>(fresh), 0, 0, 0}; }
-};
-
-template <typename T, bool kPreconditioner, bool kLars>
+template <typename T, int kPreconditioner, bool kLars>
 struct StepBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
-  const T epsilon, beta, alpha, decay_rate;
-  const bool stream;
+  const Stage<T>& stage;
+  const T epsilon, decay_rate, forget;
+  const bool nesterov, stream;
   V gd = {}, gg = {}, dd = {}, ww = {};
+  ExactSum<T> next_gd = {}, next_shs = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), w = Load(v.w + i, n);
     V h = V{} + T(1);
-    if (kPreconditioner) h = Load(v.h + i, n);
-    const V d = Direction(g, h, Load(v.d + i, n), epsilon, beta);
+    if (kPreconditioner != kIdentity) h = Load(v.h + i, n);
+    V divisor = h;
+    if (kPreconditioner == kRms) {
+      const V moment = SecondMoment(h, g, forget);
+      Store(v.h + i, moment, n);
+      divisor = Sqrt(moment);
+    }
+    divisor += epsilon;
+    const V d = Direction(g, divisor, Load(v.d + i, n), stage.scale, stage.beta);
+    V step = d;
+    if (nesterov) step = Direction(g, divisor, d, stage.scale, stage.beta);
     Store(v.d + i, d, n);
     if (stream && n == Lanes<T>()) {
       Stream(v.g_prev_out + i, g);
@@ -188,22 +275,39 @@ struct StepBody {
     if (kLars) {
       ww += w * w;
     } else {
-      Store(v.w + i, Weight(w, d, decay_rate, alpha), n);
+      Store(v.w + i, Weight(w, step, decay_rate, stage.alpha), n);
     }
-    gd += g * d;
+    gd += g * step;
     gg += g * g;
-    dd += d * d;
+    dd += step * step;
+    if (kPreconditioner == kBfgs && !nesterov) {
+      next_gd.Add(g, d);
+      next_shs.Add(d, h, d);
+    }
   }
-  NLCG_HOST_DEVICE Sums Result() const { return {Sum<T>(gd), Sum<T>(gg), Sum<T>(dd), Sum<T>(ww)}; }
+  NLCG_HOST_DEVICE Sums Result() const {
+    return {{Sum<T>(gd), Sum<T>(gg), Sum<T>(dd), Sum<T>(ww), next_gd.Result(), next_shs.Result()}};
+  }
 };
 
+// LARS: the step, once its size is known. With the look-ahead g and its divisor make it anew.
 template <typename T>
 struct LarsBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
-  const T decay_rate, step;
+  const Stage<T>& stage;
+  const T epsilon, decay_rate, step;
+  const int preconditioner;
+  const bool nesterov;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    Store(v.w + i, Weight(Load(v.w + i, n), Load(v.d + i, n), decay_rate, step), n);
+    V d = Load(v.d + i, n);
+    if (nesterov) {
+      V h = V{} + T(1);
+      if (preconditioner != kIdentity) h = Load(v.h + i, n);
+      if (preconditioner == kRms) h = Sqrt(h);
+      d = Direction(Load(v.g + i, n), h + epsilon, d, stage.scale, stage.beta);
+    }
+    Store(v.w + i, Weight(Load(v.w + i, n), d, decay_rate, step), n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return {}; }
 };
@@ -214,39 +318,75 @@ NLCG_HOST_DEVICE Sums Run(Body body, int64_t begin, int64_t end) {
   return body.Result();
 }
 
-enum Sweep { kSweepCurvature, kSweepHessian, kSweepStep, kSweepLars };
+// `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
+enum Sweep { kSweepCurvature, kSweepDirection, kSweepStep, kSweepLars };
+
+template <typename T>
+NLCG_HOST_DEVICE Sums RunCurvature(const Settings& settings, const Stage<T>& stage,
+                                   const Variable<T>& v, T step, int64_t begin, int64_t end) {
+  if (!CurvatureSumsAreKnown(v)) {
+    const T epsilon = T(settings.epsilon);
+    return Run<T>(CurvatureBody<T>{v, stage, epsilon, step, settings.nesterov}, begin, end);
+  }
+  Sums sums = Run<T>(ProductBody<T>{v}, begin, end);
+  if (begin == 0) sums.of[kYs] -= CurvatureSum(v, 0);
+  sums.of[kYs] *= step;
+  sums.of[kShs] = begin == 0 ? CurvatureSum(v, 1) * step * step : 0;
+  return sums;
+}
+
+template <typename T>
+NLCG_HOST_DEVICE Sums RunDirection(const Settings& settings, const Stage<T>& stage,
+                                   const Variable<T>& v, T step, int64_t begin, int64_t end) {
+  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const bool nesterov = settings.nesterov;
+  const DirectionSums<T> sums{settings.rule};
+  if (settings.preconditioner == kIdentity) {
+    return Run<T>(PlainBody<T>{v, epsilon, sums}, begin, end);
+  }
+  if (settings.preconditioner == kRms) {
+    return Run<T>(RmsBody<T>{v, epsilon, forget, sums}, begin, end);
+  }
+  if (stage.accepted) {
+    return Run<T>(HessianBody<T, true>{v, stage, epsilon, step, forget, nesterov, sums}, begin, end);
+  }
+  return Run<T>(HessianBody<T, false>{v, stage, epsilon, step, forget, nesterov, sums}, begin, end);
+}
+
+template <typename T, int kPreconditioner>
+NLCG_HOST_DEVICE Sums RunStep(const Settings& settings, const Stage<T>& stage, const Variable<T>& v,
+                              T decay_rate, int64_t begin, int64_t end) {
+  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const bool nesterov = settings.nesterov;
+  // Only variables that do not stay in a cache until the next update gain by it.
+  const bool stream = v.g_prev_out != nullptr && v.size >= kStreamed &&
+                      reinterpret_cast<uintptr_t>(v.g_prev_out) % 16 == 0;
+  if (settings.lars_coefficient > 0) {
+    using Body = StepBody<T, kPreconditioner, true>;
+    return Run<T>(Body{v, stage, epsilon, decay_rate, forget, nesterov, stream}, begin, end);
+  }
+  using Body = StepBody<T, kPreconditioner, false>;
+  return Run<T>(Body{v, stage, epsilon, decay_rate, forget, nesterov, stream}, begin, end);
+}
 
 template <typename T>
 NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stage<T>& stage,
                                const Variable<T>& v, int64_t begin, int64_t end) {
-  const T epsilon = T(settings.epsilon);
-  const bool middle = settings.rule == kPolakRibiere;
-  const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1);
+  const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1), step = stage.step_prev * ratio;
   const T decay_rate = T(v.weight_decay) * stage.learning_rate;
-  // Only variables that do not stay in a cache until the next update gain by it.
-  const bool stream = v.g_prev_out != nullptr && v.size >= kStreamed &&
-                      reinterpret_cast<uintptr_t>(v.g_prev_out) % 16 == 0;
-  switch (sweep) {
-    case kSweepCurvature:
-      if (!settings.preconditioner) return Run<T>(PlainBody<T>{v, epsilon, middle}, begin, end);
-      return Run<T>(CurvatureBody<T>{v, epsilon, stage.step_prev * ratio, middle}, begin, end);
-    case kSweepHessian:
-      if (!stage.accepted) return Run<T>(RejectedBody<T>{v, epsilon}, begin, end);
-      return Run<T>(HessianBody<T>{v, epsilon, stage.step_prev * ratio, stage.inv_shs, stage.inv_ys},
-                    begin, end);
-    case kSweepStep:
-#define NLCG_STEP(preconditioner, lars)                                                          \
-  return Run<T>(                                                                                 \
-      StepBody<T, preconditioner, lars>{v, epsilon, stage.beta, stage.alpha, decay_rate, stream}, \
-      begin, end)
-      if (settings.preconditioner && settings.lars_coefficient > 0) NLCG_STEP(true, true);
-      if (settings.preconditioner) NLCG_STEP(true, false);
-      if (settings.lars_coefficient > 0) NLCG_STEP(false, true);
-      NLCG_STEP(false, false);
-#undef NLCG_STEP
-    default:
-      return Run<T>(LarsBody<T>{v, decay_rate, stage.alpha * ratio}, begin, end);
+  const int preconditioner = settings.preconditioner;
+  if (sweep == kSweepCurvature) return RunCurvature(settings, stage, v, step, begin, end);
+  if (sweep == kSweepDirection) return RunDirection(settings, stage, v, step, begin, end);
+  if (sweep == kSweepStep) {
+    if (preconditioner == kIdentity) {
+      return RunStep<T, kIdentity>(settings, stage, v, decay_rate, begin, end);
+    }
+    if (preconditioner == kRms) return RunStep<T, kRms>(settings, stage, v, decay_rate, begin, end);
+    return RunStep<T, kBfgs>(settings, stage, v, decay_rate, begin, end);
   }
+  return Run<T>(LarsBody<T>{v, stage, T(settings.epsilon), decay_rate, stage.alpha * ratio,
+                            preconditioner, settings.nesterov},
+                begin, end);
 }
 
 NLCG_CLONES Sums SweepChunk(Sweep sweep, const Settings& settings, const Stage<float>& stage,
@@ -282,7 +422,7 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
     parallel_for(chunks.size(), [&](int64_t first, int64_t last) {
       for (int64_t j = first; j < last; ++j) {
         // Each sweep begins where the one before ended: there the caches still hold its data.
-        const int64_t i = kind == kSweepHessian ? int64_t(chunks.size()) - 1 - j : j;
+        const int64_t i = kind == kSweepDirection ? int64_t(chunks.size()) - 1 - j : j;
         const Chunk& chunk = chunks[i];
         sums[i] = SweepChunk(kind, settings, stage, variables[chunk.variable], chunk.begin,
                              chunk.end);
@@ -291,33 +431,32 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
       _mm_sfence();  // what was streamed must be there when the thread says that it is done
 #endif
     });
-    Sums total;
-    for (const Sums& sum : sums) total.Add(sum);
+    Sums total = {};
+    for (const Sums& sum : sums) Add(sum, &total);
     return total;
   };
 
+  double elements = 0;
+  for (const Variable<T>& v : variables) elements += v.size;
   Begin(settings, reals, counts, learning_rate, loss, &stage);
-  if (!stage.skip) {
-    Sums total = sweep(kSweepCurvature);
-    const bool plain = !settings.preconditioner;
-    FinishCurvature(settings, total.a, plain ? 0 : total.b, plain ? 0 : total.c, total.d, &stage);
-    if (!stage.skip) {
-      FinishDirection(settings, reals, plain ? total.b : sweep(kSweepHessian).a, &stage);
-      total = sweep(kSweepStep);
-      if (settings.lars_coefficient > 0) {
-        std::vector<Sums> norms(variables.size());
-        for (size_t i = 0; i < chunks.size(); ++i) norms[chunks[i].variable].Add(sums[i]);
-        for (size_t i = 0; i < variables.size(); ++i) {
-          *variables[i].trust_ratio = TrustRatio<T>(settings, norms[i].d, norms[i].c);
-        }
-        sweep(kSweepLars);
-      }
-      FinishStep(settings, RealCount(settings), total.a, total.b, total.c, &stage, reals, counts);
-      return true;
-    }
+  if (!stage.skip && UsesBfgs(settings)) {
+    FinishCurvature(settings, sweep(kSweepCurvature), &stage);
   }
-  FinishStep(settings, 0, 0, 0, 0, &stage, reals, counts);
-  return false;
+  if (!stage.skip) {
+    FinishDirection(settings, reals, elements, sweep(kSweepDirection), &stage);
+  }
+  Sums total = {};
+  if (!stage.skip) {
+    total = sweep(kSweepStep);
+    if (settings.lars_coefficient > 0 || KeepsSums(settings)) {
+      std::vector<Sums> own(variables.size());
+      for (size_t i = 0; i < chunks.size(); ++i) Add(sums[i], &own[chunks[i].variable]);
+      for (size_t i = 0; i < variables.size(); ++i) FinishVariable(settings, own[i], variables[i]);
+    }
+    if (settings.lars_coefficient > 0) sweep(kSweepLars);
+  }
+  FinishStep(settings, RealCount(settings), total, &stage, reals, counts);
+  return !stage.skip;
 }
 
 template bool UpdateOnCpu<float>(const Settings&, const std::vector<Variable<float>>&, float, float,

@@ -1,7 +1,8 @@
 // The CUDA kernels: a block for each chunk of the variables, a table of the variables on the device,
 // partial sums in fixed order. No TensorFlow here, and no wait for the device: the scalars stay there.
 //
-// Launches for n variables: ceil(n / 48) for the table, then 6, or 8 with LARS scaling.
+// Launches for n variables: ceil(n / 46) for the table, then 5, or 7 with BFGS; one more for what is
+// kept of each variable (LARS scaling, or BFGS without look-ahead), one more with LARS scaling.
 
 #include <cuda_runtime.h>
 
@@ -23,17 +24,13 @@ struct Entry {
 };
 
 // What fits into the 4 KiB of a kernel's arguments: so the table needs no copy from host memory.
-constexpr int kEntries = 48;
+constexpr int kEntries = 46;
 template <typename T>
 struct Entries {
   Entry<T> entry[kEntries];
 };
 
 static_assert(sizeof(Entries<double>) + 16 <= 4096, "more than a kernel's arguments may hold");
-
-struct Sums {
-  double a, b, c, d;
-};
 
 // The device memory of one update.
 template <typename T>
@@ -69,12 +66,9 @@ __device__ double BlockSum(double value, double* shared) {
 }
 
 template <int kSize>
-__device__ Sums BlockSums(Sums mine, double* shared) {
+__device__ Sums BlockSums(const Sums& mine, double* shared) {
   Sums total;
-  total.a = BlockSum<kSize>(mine.a, shared);
-  total.b = BlockSum<kSize>(mine.b, shared);
-  total.c = BlockSum<kSize>(mine.c, shared);
-  total.d = BlockSum<kSize>(mine.d, shared);
+  for (int i = 0; i < kSums; ++i) total.of[i] = BlockSum<kSize>(mine.of[i], shared);
   return total;
 }
 
@@ -93,95 +87,188 @@ __device__ int FindVariable(const Entry<T>* table, int count, int64_t chunk) {
   return low;
 }
 
-enum Sweep { kSweepCurvature, kSweepPlain, kSweepHessian, kSweepStep, kSweepLars };
+// `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
+enum Sweep { kSweepCurvature, kSweepDirection, kSweepStep, kSweepLars };
 
-template <typename T, int kSweep>
+// The part of a variable that a block works on.
+template <typename T>
+struct Part {
+  const Variable<T>& v;
+  int64_t begin, end;
+};
+
+template <typename T>
+__device__ Sums CurvatureSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
+                               T step) {
+  const Variable<T>& v = part.v;
+  const T epsilon = T(settings.epsilon);
+  T check = 0;
+  double ys = 0, shs = 0;
+  if (CurvatureSumsAreKnown(v)) {
+#pragma unroll 4
+    for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
+      const T g = v.g[i];
+      check += g - g;
+      ys += double(g) * v.d[i];
+    }
+    if (part.begin == 0 && threadIdx.x == 0) {
+      ys -= CurvatureSum(v, 0);
+      shs = CurvatureSum(v, 1) * step * step;
+    }
+    ys *= step;
+  } else {
+#pragma unroll 4
+    for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
+      const T g = v.g[i], g_prev = v.g_prev[i], h = v.h[i];
+      T s = v.d[i];
+      if (settings.nesterov) s = Direction(g_prev, h + epsilon, s, stage.scale_prev, stage.beta_prev);
+      s *= step;
+      check += g - g;
+      ys += (g - g_prev) * s;
+      shs += s * (h * s);
+    }
+  }
+  return {{double(check), ys, shs}};
+}
+
+template <typename T, int kPreconditioner>
+__device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
+                               const Part<T>& part, T step) {
+  const Variable<T>& v = part.v;
+  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const bool accepted = kPreconditioner == kBfgs && stage.accepted;
+  T check = 0, fresh = 0, divisors = 0, mid = 0, gg = 0, gp = 0, pp = 0;
+#pragma unroll 4
+  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
+    const T g = v.g[i];
+    T divisor = T(1) + epsilon, old_divisor = divisor;
+    if (kPreconditioner == kBfgs) {
+      T h = v.h[i];
+      old_divisor = h + epsilon;
+      if (accepted) {
+        const T g_prev = v.g_prev[i];
+        T s = v.d[i];
+        if (settings.nesterov) s = Direction(g_prev, old_divisor, s, stage.scale_prev, stage.beta_prev);
+        h = HessianDiagonal(h, step * s, g - g_prev, stage.inv_shs, stage.inv_ys);
+      }
+      if (forget != 0) h = Forget(h, forget);
+      if (accepted || forget != 0) v.h[i] = h;
+      divisor = h + epsilon;
+      divisors += T(1) / divisor;
+    } else if (kPreconditioner == kRms) {
+      const T before = v.h[i];
+      old_divisor = Sqrt(before) + epsilon;
+      divisor = Sqrt(SecondMoment(before, g, forget)) + epsilon;
+      divisors += (g / divisor) * (g / divisor);
+    }
+    check += g - g;
+    fresh += g * (g / divisor);
+    if (kPreconditioner == kRms || settings.rule == kBlended) gg += g * g;
+    if (settings.rule == kPolakRibiere) mid += g * (v.g_prev[i] / old_divisor);
+    if (settings.rule == kBlended) {
+      const T g_prev = v.g_prev[i];
+      gp += g * g_prev;
+      pp += g_prev * g_prev;
+    }
+  }
+  return {{double(check), double(fresh), double(divisors), double(mid), double(gg), double(gp),
+           double(pp)}};
+}
+
+template <typename T, int kPreconditioner>
+__device__ Sums StepSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
+                          T decay_rate) {
+  const Variable<T>& v = part.v;
+  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const bool lars = settings.lars_coefficient > 0, keeps_sums = v.curvature_sums != nullptr;
+  T gd = 0, gg = 0, dd = 0, ww = 0;
+  double next_gd = 0, next_shs = 0;
+#pragma unroll 4
+  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
+    const T g = v.g[i], w = v.w[i];
+    T h = kPreconditioner == kIdentity ? T(1) : v.h[i], divisor = h;
+    if (kPreconditioner == kRms) {
+      const T moment = SecondMoment(h, g, forget);
+      v.h[i] = moment;
+      divisor = Sqrt(moment);
+    }
+    divisor += epsilon;
+    const T d = Direction(g, divisor, v.d[i], stage.scale, stage.beta);
+    const T step = settings.nesterov ? Direction(g, divisor, d, stage.scale, stage.beta) : d;
+    v.d[i] = d;
+    if (v.g_prev_out != nullptr) v.g_prev_out[i] = g;
+    if (lars) {
+      ww += w * w;
+    } else {
+      v.w[i] = Weight(w, step, decay_rate, stage.alpha);
+    }
+    gd += g * step;
+    gg += g * g;
+    dd += step * step;
+    if (kPreconditioner == kBfgs && keeps_sums) {
+      next_gd += double(g) * d;
+      next_shs += double(d) * h * d;
+    }
+  }
+  return {{double(gd), double(gg), double(dd), double(ww), next_gd, next_shs}};
+}
+
+template <typename T, int kPreconditioner>
+__device__ void LarsSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
+                          T decay_rate, T step) {
+  const Variable<T>& v = part.v;
+  const T epsilon = T(settings.epsilon);
+#pragma unroll 4
+  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
+    T d = v.d[i];
+    if (settings.nesterov) {
+      T h = kPreconditioner == kIdentity ? T(1) : v.h[i];
+      if (kPreconditioner == kRms) h = Sqrt(h);
+      d = Direction(v.g[i], h + epsilon, d, stage.scale, stage.beta);
+    }
+    v.w[i] = Weight(v.w[i], d, decay_rate, step);
+  }
+}
+
+template <typename T, int kSweep, int kPreconditioner>
 __global__ void __launch_bounds__(kThreads)
-    SweepKernel(Settings settings, Scratch<T> scratch, const T* reals) {
+    SweepKernel(Settings settings, Scratch<T> scratch) {
   __shared__ double shared[kThreads];
-  if (kSweep != kSweepCurvature && kSweep != kSweepPlain && scratch.stage->skip) return;
+  const Stage<T>& stage = *scratch.stage;
+  if (stage.skip) return;
   const int64_t chunk = blockIdx.x;
   const Entry<T> entry = scratch.table[FindVariable(scratch.table, scratch.count, chunk)];
   const Variable<T>& v = entry.v;
   const int64_t begin = (chunk - entry.first_chunk) * kChunk;
-  const int64_t end = begin + kChunk < v.size ? begin + kChunk : v.size;
-  const T epsilon = T(settings.epsilon);
+  const Part<T> part = {v, begin, begin + kChunk < v.size ? begin + kChunk : v.size};
   const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1);
-  const bool middle = settings.rule == kPolakRibiere;
-  T a = 0, b = 0, c = 0, d = 0;
-
+  const T decay_rate = T(v.weight_decay) * stage.learning_rate;
+  Sums sums;
   if (kSweep == kSweepCurvature) {
-    const T step = reals[kStepSize] * ratio;
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const T g = v.g[i], g_prev = v.g_prev[i], h = v.h[i], s = step * v.d[i];
-      a += g - g;
-      b += (g - g_prev) * s;
-      c += s * (h * s);
-      if (middle) d += g * (g_prev / (h + epsilon));
-    }
-  } else if (kSweep == kSweepPlain) {
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const T g = v.g[i];
-      a += g - g;
-      b += g * (g / (T(1) + epsilon));
-      if (middle) d += g * (v.g_prev[i] / (T(1) + epsilon));
-    }
-  } else if (kSweep == kSweepHessian) {
-    const Stage<T>& stage = *scratch.stage;
-    const T step = stage.step_prev * ratio;
-    const bool accepted = stage.accepted;
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const T g = v.g[i];
-      T h = v.h[i];
-      if (accepted) {
-        h = HessianDiagonal(h, step * v.d[i], g - v.g_prev[i], stage.inv_shs, stage.inv_ys);
-        v.h[i] = h;
-      }
-      a += g * (g / (h + epsilon));
-    }
+    sums = CurvatureSweep(settings, stage, part, stage.step_prev * ratio);
+  } else if (kSweep == kSweepDirection) {
+    sums = DirectionSweep<T, kPreconditioner>(settings, stage, part, stage.step_prev * ratio);
   } else if (kSweep == kSweepStep) {
-    const Stage<T>& stage = *scratch.stage;
-    const T decay_rate = T(v.weight_decay) * stage.learning_rate;
-    const bool lars = settings.lars_coefficient > 0;
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      const T g = v.g[i], w = v.w[i], h = settings.preconditioner ? v.h[i] : T(1);
-      const T direction = Direction(g, h, v.d[i], epsilon, stage.beta);
-      v.d[i] = direction;
-      v.g_prev_out[i] = g;
-      if (lars) {
-        d += w * w;
-      } else {
-        v.w[i] = Weight(w, direction, decay_rate, stage.alpha);
-      }
-      a += g * direction;
-      b += g * g;
-      c += direction * direction;
-    }
+    sums = StepSweep<T, kPreconditioner>(settings, stage, part, decay_rate);
   } else {
-    const Stage<T>& stage = *scratch.stage;
-    const T decay_rate = T(v.weight_decay) * stage.learning_rate;
-    const T step = stage.alpha * ratio;
-#pragma unroll 4
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      v.w[i] = Weight(v.w[i], v.d[i], decay_rate, step);
-    }
+    LarsSweep<T, kPreconditioner>(settings, stage, part, decay_rate, stage.alpha * ratio);
     return;
   }
-  const Sums total = BlockSums<kThreads>({double(a), double(b), double(c), double(d)}, shared);
+  const Sums total = BlockSums<kThreads>(sums, shared);
   if (threadIdx.x == 0) scratch.sums[chunk] = total;
 }
 
+// One thread: what is known before the first sweep.
+template <typename T>
+__global__ void BeginKernel(Settings settings, Scratch<T> scratch, const T* learning_rate,
+                            const T* loss, const T* reals, const int64_t* counts) {
+  if (threadIdx.x == 0) Begin(settings, reals, counts, *learning_rate, *loss, scratch.stage);
+}
+
 __device__ Sums SumChunks(const Sums* sums, int64_t first, int64_t last, double* shared) {
-  Sums mine = {0, 0, 0, 0};
+  Sums mine = {};
   for (int64_t i = first + threadIdx.x; i < last; i += kSumThreads) {
-    mine.a += sums[i].a;
-    mine.b += sums[i].b;
-    mine.c += sums[i].c;
-    mine.d += sums[i].d;
+    for (int j = 0; j < kSums; ++j) mine.of[j] += sums[i].of[j];
   }
   return BlockSums<kSumThreads>(mine, shared);
 }
@@ -189,35 +276,61 @@ __device__ Sums SumChunks(const Sums* sums, int64_t first, int64_t last, double*
 // One block: adds up the chunks of a sweep and does the scalar work that follows it.
 template <typename T, int kSweep>
 __global__ void __launch_bounds__(kSumThreads)
-    FinishKernel(Settings settings, Scratch<T> scratch, int real_count, const T* learning_rate,
-                 const T* loss, T* reals, int64_t* counts) {
+    FinishKernel(Settings settings, Scratch<T> scratch, int real_count, double elements, T* reals,
+                 int64_t* counts) {
   __shared__ double shared[kSumThreads];
-  const Sums total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
-  if (threadIdx.x != 0) return;
   Stage<T>* stage = scratch.stage;
-  if (kSweep == kSweepCurvature || kSweep == kSweepPlain) {
-    const bool plain = kSweep == kSweepPlain;
-    Begin(settings, reals, counts, *learning_rate, *loss, stage);
-    FinishCurvature(settings, total.a, plain ? 0 : total.b, plain ? 0 : total.c, total.d, stage);
-    if (plain) FinishDirection(settings, reals, total.b, stage);
-  } else if (kSweep == kSweepHessian) {
-    if (!stage->skip) FinishDirection(settings, reals, total.a, stage);
-  } else {
-    FinishStep(settings, real_count, total.a, total.b, total.c, stage, reals, counts);
+  Sums total = {};
+  if (!stage->skip) total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
+  if (threadIdx.x != 0) return;
+  if (kSweep == kSweepStep) {
+    FinishStep(settings, real_count, total, stage, reals, counts);
+  } else if (!stage->skip && kSweep == kSweepCurvature) {
+    FinishCurvature(settings, total, stage);
+  } else if (!stage->skip) {
+    FinishDirection(settings, reals, elements, total, stage);
   }
 }
 
-// A block for each variable: its LARS factor.
+// A block for each variable: its LARS factor, and its sums for the next update.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads)
-    TrustRatioKernel(Settings settings, Scratch<T> scratch) {
+    FinishVariableKernel(Settings settings, Scratch<T> scratch) {
   __shared__ double shared[kSumThreads];
   if (scratch.stage->skip) return;
   const Entry<T>& entry = scratch.table[blockIdx.x];
   const int64_t chunks = (entry.v.size + kChunk - 1) / kChunk;
   const Sums total =
       SumChunks(scratch.sums, entry.first_chunk, entry.first_chunk + chunks, shared);
-  if (threadIdx.x == 0) *entry.v.trust_ratio = TrustRatio<T>(settings, total.d, total.c);
+  if (threadIdx.x == 0) FinishVariable(settings, total, entry.v);
+}
+
+// All launches of an update but those that write the table.
+template <typename T, int kPreconditioner>
+void Launch(const Settings& settings, const Scratch<T>& scratch, double elements,
+            const T* learning_rate, const T* loss, T* reals, int64_t* counts, cudaStream_t stream) {
+  const int blocks = static_cast<int>(scratch.chunks), real_count = RealCount(settings);
+#define NLCG_SWEEP(kind)                                                                         \
+  if (blocks > 0) SweepKernel<T, kind, kPreconditioner><<<blocks, kThreads, 0, stream>>>(settings, \
+                                                                                        scratch)
+#define NLCG_FINISH(kind)                                                                         \
+  FinishKernel<T, kind><<<1, kSumThreads, 0, stream>>>(settings, scratch, real_count, elements, reals, \
+                                                       counts)
+  BeginKernel<T><<<1, 1, 0, stream>>>(settings, scratch, learning_rate, loss, reals, counts);
+  if (kPreconditioner == kBfgs) {
+    NLCG_SWEEP(kSweepCurvature);
+    NLCG_FINISH(kSweepCurvature);
+  }
+  NLCG_SWEEP(kSweepDirection);
+  NLCG_FINISH(kSweepDirection);
+  NLCG_SWEEP(kSweepStep);
+  if (blocks > 0 && (settings.lars_coefficient > 0 || KeepsSums(settings))) {
+    FinishVariableKernel<T><<<scratch.count, kSumThreads, 0, stream>>>(settings, scratch);
+  }
+  NLCG_FINISH(kSweepStep);
+  if (settings.lars_coefficient > 0) NLCG_SWEEP(kSweepLars);
+#undef NLCG_SWEEP
+#undef NLCG_FINISH
 }
 
 const char* Describe(cudaError_t error) {
@@ -267,29 +380,12 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   flush();
   if (scratch.chunks > 2147483647) return "too many elements for one grid";
 
-  const int blocks = static_cast<int>(scratch.chunks), real_count = RealCount(settings);
-#define NLCG_SWEEP(kind)                                                                \
-  if (blocks > 0) SweepKernel<T, kind><<<blocks, kThreads, 0, stream>>>(settings, scratch, reals)
-#define NLCG_FINISH(kind)                                                                    \
-  FinishKernel<T, kind><<<1, kSumThreads, 0, stream>>>(settings, scratch, real_count, \
-                                                       learning_rate, loss, reals, counts)
-  if (settings.preconditioner) {
-    NLCG_SWEEP(kSweepCurvature);
-    NLCG_FINISH(kSweepCurvature);
-    NLCG_SWEEP(kSweepHessian);
-    NLCG_FINISH(kSweepHessian);
-  } else {
-    NLCG_SWEEP(kSweepPlain);
-    NLCG_FINISH(kSweepPlain);
-  }
-  NLCG_SWEEP(kSweepStep);
-  if (settings.lars_coefficient > 0 && blocks > 0) {
-    TrustRatioKernel<T><<<scratch.count, kSumThreads, 0, stream>>>(settings, scratch);
-    NLCG_SWEEP(kSweepLars);
-  }
-  NLCG_FINISH(kSweepStep);
-#undef NLCG_SWEEP
-#undef NLCG_FINISH
+  double elements = 0;
+  for (const Variable<T>& v : variables) elements += v.size;
+  const auto launch = UsesBfgs(settings)                   ? Launch<T, kBfgs>
+                      : settings.preconditioner == kRms ? Launch<T, kRms>
+                                                           : Launch<T, kIdentity>;
+  launch(settings, scratch, elements, learning_rate, loss, reals, counts, stream);
   return Describe(cudaGetLastError());
 }
 

@@ -31,6 +31,7 @@ REGISTER_OP("NlcgUpdate")
     .Input("reals: resource")
     .Input("counts: resource")
     .Input("trust_ratios: r * resource")
+    .Input("curvature_sums: c * resource")
     .Input("gradients: n * T")
     .Input("learning_rate: T")
     .Input("loss: T")
@@ -38,11 +39,13 @@ REGISTER_OP("NlcgUpdate")
     .Input("weight_decays: double")
     .Attr("n: int >= 0")
     .Attr("r: int >= 0")
-    .Attr("preconditioner: bool")
+    .Attr("c: int >= 0")
+    .Attr("preconditioner: {'none', 'bfgs', 'normalized_bfgs', 'rms'}")
     .Attr("T: {float, double}")
     .Attr("positions: list(int)")
     .Attr("keep_slots: bool")
-    .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere'}")
+    .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere', 'blended'}")
+    .Attr("nesterov: bool")
     .Attr("line_search: {'none', 'online', 'step'}")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
@@ -63,14 +66,18 @@ REGISTER_OP("NlcgUpdate")
 One NLCG update of all variables of a model. See nlcg_update.py for the Python interface.
 
 weights: float variables of the shapes of `gradients`.
-slots: handles from NlcgPackHandles: the directions, the previous gradients and, with the
-  preconditioner, the Hessian diagonals; n of each.
-reals: vector variable of type T: delta, step size, beta, curvature, cosine, line search.
+slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or another rule than
+  Fletcher-Reeves, the previous gradients; with a preconditioner its diagonal (Hessian or second moment).
+reals: vector variable of type T: delta, step size, beta, curvature, cosine, kappa, mean of the
+  preconditioner, line search.
 counts: int64 vector variable: updates, skipped, rejected, last update applied.
 trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
-settings: epsilon, LARS coefficient, then the line search's settings.
+curvature_sums: one variable of type T and shape (variables, 4) with BFGS and without `nesterov`,
+  otherwise none.
+settings: epsilon, LARS coefficient, momentum of the blended rule, decay of the preconditioner, then
+  the line search's settings.
 weight_decays: one for each variable.
-positions: where each variable stands in `trust_ratios`.
+positions: where each variable stands in `trust_ratios` and `curvature_sums`.
 keep_slots: whether the kernel remembers the slots, for a graph that is run again and again.
 )doc");
 
@@ -150,31 +157,34 @@ absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
     return Invalid("NlcgUpdate: settings must have ", expected, " elements, has ",
                                    size);
   };
-  if (size < 2) return wrong(2);
+  constexpr int kOwn = 4;
+  if (size < kOwn || (s->line_search == nlcg::kNoLineSearch && size != kOwn)) return wrong(kOwn);
   s->epsilon = values(0);
   s->lars_coefficient = values(1);
-  if (s->line_search == nlcg::kNoLineSearch && size != 2) return wrong(2);
+  s->momentum = values(2);
+  s->decay = values(3);
+  const auto search = [&](int64_t i) { return values(kOwn + i); };
   if (s->line_search == nlcg::kOnline) {
-    if (size != 7) return wrong(7);
-    s->increase_factor = values(2);
-    s->minimum_scale = values(3);
-    s->decrease_threshold = values(4);
-    s->increase_threshold = values(5);
-    s->decrease_factor = values(6);
+    if (size != kOwn + 5) return wrong(kOwn + 5);
+    s->increase_factor = search(0);
+    s->minimum_scale = search(1);
+    s->decrease_threshold = search(2);
+    s->increase_threshold = search(3);
+    s->decrease_factor = search(4);
   } else if (s->line_search == nlcg::kStep) {
-    if (size < 6 || size % 2 != 0) return wrong(20);
-    if (size > 6 + 2 * nlcg::kMaxLimits) return Invalid("NlcgUpdate: too many limits");
-    s->increase_factor = values(2);
-    s->minimum_scale = values(3);
-    s->smoothing = values(5);
-    if (!(values(4) >= 1 && values(4) <= 1e9)) {
-      return Invalid("NlcgUpdate: the period must lie in [1, 1e9], is ", values(4));
+    if (size < kOwn + 4 || size % 2 != 0) return wrong(kOwn + 18);
+    if (size > kOwn + 4 + 2 * nlcg::kMaxLimits) return Invalid("NlcgUpdate: too many limits");
+    s->increase_factor = search(0);
+    s->minimum_scale = search(1);
+    s->smoothing = search(3);
+    if (!(search(2) >= 1 && search(2) <= 1e9)) {
+      return Invalid("NlcgUpdate: the period must lie in [1, 1e9], is ", search(2));
     }
-    s->period = static_cast<int>(values(4));
-    s->limit_count = static_cast<int>((size - 6) / 2);
+    s->period = static_cast<int>(search(2));
+    s->limit_count = static_cast<int>((size - kOwn - 4) / 2);
     for (int i = 0; i < s->limit_count; ++i) {
-      s->limits[i] = values(6 + i);
-      s->factors[i] = values(6 + s->limit_count + i);
+      s->limits[i] = search(4 + i);
+      s->factors[i] = search(4 + s->limit_count + i);
     }
   }
   for (int64_t i = 0; i < size; ++i) {
@@ -186,8 +196,13 @@ absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
     return Invalid("NlcgUpdate: epsilon must be a normal positive number, is ", s->epsilon);
   }
   if (!(s->lars_coefficient >= 0)) {
-    return Invalid("NlcgUpdate: lars_coefficient must not be negative, is ",
-                                   s->lars_coefficient);
+    return Invalid("NlcgUpdate: lars_coefficient must not be negative, is ", s->lars_coefficient);
+  }
+  if (!(s->momentum >= 0 && s->momentum < 1)) {
+    return Invalid("NlcgUpdate: momentum must lie in [0, 1), is ", s->momentum);
+  }
+  if (!(s->decay > 0 && s->decay <= 1)) {
+    return Invalid("NlcgUpdate: decay must lie in (0, 1], is ", s->decay);
   }
   return absl::OkStatus();
 }
@@ -281,24 +296,32 @@ template <typename Device, typename T>
 class NlcgUpdateOp : public OpKernel {
  public:
   explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    std::string rule, line_search;
-    bool preconditioner;
+    std::string preconditioner, rule, line_search;
+    settings_ = {};
     OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("preconditioner", &preconditioner));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("c", &c_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("nesterov", &settings_.nesterov));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("keep_slots", &keep_slots_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_rule", &rule));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("line_search", &line_search));
-    settings_ = {};
-    settings_.preconditioner = preconditioner;
-    settings_.rule = rule == "polak_ribiere" ? nlcg::kPolakRibiere : nlcg::kFletcherReeves;
+    settings_.preconditioner = preconditioner == "bfgs"              ? nlcg::kBfgs
+                               : preconditioner == "normalized_bfgs" ? nlcg::kNormalizedBfgs
+                               : preconditioner == "rms"             ? nlcg::kRms
+                                                                     : nlcg::kIdentity;
+    settings_.rule = rule == "polak_ribiere" ? nlcg::kPolakRibiere
+                     : rule == "blended"     ? nlcg::kBlended
+                                             : nlcg::kFletcherReeves;
     settings_.line_search = line_search == "online" ? nlcg::kOnline
                             : line_search == "step" ? nlcg::kStep
                                                     : nlcg::kNoLineSearch;
     OP_REQUIRES(ctx, n_ >= 1, Invalid("NlcgUpdate: there is no variable"));
-    OP_REQUIRES(ctx, r_ <= 1,
-                Invalid("NlcgUpdate: at most one trust_ratios, got ", r_));
+    OP_REQUIRES(ctx, r_ <= 1, Invalid("NlcgUpdate: at most one trust_ratios, got ", r_));
+    OP_REQUIRES(ctx, c_ == nlcg::KeepsSums(settings_),
+                Invalid("NlcgUpdate: curvature_sums must be one variable with BFGS and without "
+                        "nesterov, otherwise none, got ", c_));
     OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n_,
                 Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n_,
                                         " weights"));
@@ -306,12 +329,15 @@ class NlcgUpdateOp : public OpKernel {
 
   void Compute(OpKernelContext* ctx) override {
     // The order of the inputs, and that of the variables behind them.
-    const int slots_input = n_, gradients = n_ + 3 + r_, learning_rate = gradients + n_;
+    const int singles = 2 + r_ + c_;  // variables that there are once, not for each of the weights
+    const int slots_input = n_, gradients = n_ + 1 + singles, learning_rate = gradients + n_;
     const int loss = learning_rate + 1, settings_input = loss + 1, decays = settings_input + 1;
-    const int slots = (settings_.preconditioner ? 3 : 2) * n_;
-    const int directions = n_, previous = 2 * n_, hessians = 3 * n_;
+    const bool keeps_gradient = nlcg::KeepsGradient(settings_);
+    const bool has_diagonal = settings_.preconditioner != nlcg::kIdentity;
+    const int slots = (1 + keeps_gradient + has_diagonal) * n_;
+    const int directions = n_, previous = 2 * n_, diagonals = (2 + keeps_gradient) * n_;
     const int reals_at = n_ + slots, counts_at = reals_at + 1, ratios_at = counts_at + 1;
-    const int variable_count = ratios_at + r_;
+    const int sums_at = ratios_at + r_, variable_count = n_ + slots + singles;
 
     nlcg::Settings settings = settings_;
     for (int input : {learning_rate, loss}) {
@@ -337,14 +363,15 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES(ctx, slot_handles.dims() == 1 && slot_handles.NumElements() == slots,
                 Invalid("NlcgUpdate: slots must hold ", slots, " handles for ", n_,
                         " weights, has shape ", slot_handles.shape().DebugString()));
-    std::vector<VarPtr> owned(n_ + 2 + r_);
+    std::vector<VarPtr> owned(n_ + singles);
     std::vector<Var*> vars(variable_count);
-    for (int i = 0; i < n_ + 2 + r_; ++i) {
+    for (int i = 0; i < n_ + singles; ++i) {
       // The caller is not trusted: a handle may be empty, deleted or of another type.
       const Tensor& handle = ctx->input(i < n_ ? i : i + 1);
       OP_REQUIRES(ctx, handle.NumElements() == 1,
-                  Invalid("NlcgUpdate: each of weights, reals, counts and trust_ratios must be the "
-                          "handle of one variable, got shape ", handle.shape().DebugString()));
+                  Invalid("NlcgUpdate: each of weights, reals, counts, trust_ratios and "
+                          "curvature_sums must be the handle of one variable, got shape ",
+                          handle.shape().DebugString()));
       OP_REQUIRES_OK(ctx, LookupResource(ctx, handle.flat<ResourceHandle>()(0), &owned[i]));
       vars[i < n_ ? i : i + slots] = owned[i].get();
     }
@@ -357,35 +384,39 @@ class NlcgUpdateOp : public OpKernel {
     locks.Acquire();
 
     const DataType dtype = DataTypeToEnum<T>::value;
-    const char* const roles[] = {"weights", "directions", "previous_gradients",
-                                 "hessian_diagonals"};
     for (int i = 0; i < reals_at; ++i) {
       const int position = i % n_;
+      const char* const role = i < directions                          ? "weights"
+                               : i < previous                          ? "directions"
+                               : i < diagonals                         ? "previous_gradients"
+                                                                       : "diagonals";
       OP_REQUIRES_OK(ctx, CheckVariable(vars[i], dtype, ctx->input(gradients + position).shape(),
-                                        roles[i / n_], position));
+                                        role, position));
     }
     OP_REQUIRES_OK(ctx, CheckVariable(vars[reals_at], dtype,
                                       TensorShape({nlcg::RealCount(settings)}), "reals", 0));
     OP_REQUIRES_OK(ctx, CheckVariable(vars[counts_at], DT_INT64, TensorShape({nlcg::kCounts}),
                                       "counts", 0));
-    if (r_ == 1) {
-      Var* ratios = vars[ratios_at];
-      OP_REQUIRES(ctx, ratios->is_initialized && ratios->tensor()->dims() == 1,
-                  Invalid("NlcgUpdate: trust_ratios must be a vector"));
-      const int64_t size = ratios->tensor()->dim_size(0);
-      OP_REQUIRES_OK(ctx, CheckVariable(ratios, dtype, TensorShape({size}), "trust_ratios", 0));
+    for (int i = ratios_at; i < variable_count; ++i) {
+      const bool is_ratios = i < sums_at;
+      const char* const role = is_ratios ? "trust_ratios" : "curvature_sums";
+      OP_REQUIRES(ctx, vars[i]->is_initialized && vars[i]->tensor()->dims() == (is_ratios ? 1 : 2),
+                  Invalid("NlcgUpdate: ", role, " must be a ", is_ratios ? "vector" : "matrix"));
+      const int64_t size = vars[i]->tensor()->dim_size(0);
+      const TensorShape shape = is_ratios ? TensorShape({size}) : TensorShape({size, 4});
+      OP_REQUIRES_OK(ctx, CheckVariable(vars[i], dtype, shape, role, 0));
       std::vector<bool> taken(size, false);
       for (const int64_t position : positions_) {
         OP_REQUIRES(ctx, position >= 0 && position < size && !taken[position],
-                    Invalid("NlcgUpdate: position ", position, " of trust_ratios ",
-                                            "is out of range or given twice, size is ", size));
+                    Invalid("NlcgUpdate: position ", position, " of ", role,
+                            " is out of range or given twice, size is ", size));
         taken[position] = true;
       }
     }
 
     // A gradient that nobody else holds becomes the next previous gradient without being copied.
     std::vector<std::unique_ptr<Tensor>> adopted(n_);
-    for (int i = 0; Device::kKnowsOutcome && i < n_; ++i) {
+    for (int i = 0; Device::kKnowsOutcome && keeps_gradient && i < n_; ++i) {
       adopted[i] = ctx->forward_input(gradients + i, OpKernelContext::Params::kNoReservation, dtype,
                                       ctx->input(gradients + i).shape(), DEVICE_MEMORY,
                                       AllocatorAttributes());
@@ -394,30 +425,30 @@ class NlcgUpdateOp : public OpKernel {
     // All memory is there before anything is written: an update is done as a whole or not at all.
     std::vector<std::pair<Var*, Tensor>> copies;
     for (int i = 0; i < variable_count; ++i) {
-      if (i >= previous && i < hessians && adopted[i - previous] != nullptr) continue;
+      if (i >= previous && i < diagonals && adopted[i - previous] != nullptr) continue;
       OP_REQUIRES_OK(ctx, CopyIfShared(ctx, vars[i], &copies));
     }
     for (auto& copy : copies) *copy.first->tensor() = std::move(copy.second);
 
-    T* ratios = r_ == 1 ? vars[ratios_at]->tensor()->flat<T>().data() : nullptr;
+    const auto data = [&vars](int i) { return vars[i]->tensor()->template flat<T>().data(); };
     std::vector<nlcg::Variable<T>> variables(n_);
     for (int i = 0; i < n_; ++i) {
       nlcg::Variable<T>& v = variables[i];
-      T* g_prev = vars[previous + i]->tensor()->flat<T>().data();
-      v.w = vars[i]->tensor()->flat<T>().data();
-      v.d = vars[directions + i]->tensor()->flat<T>().data();
-      v.h = settings.preconditioner ? vars[hessians + i]->tensor()->flat<T>().data() : nullptr;
-      v.g_prev = g_prev;
-      v.g_prev_out = adopted[i] == nullptr ? g_prev : nullptr;
+      v.w = data(i);
+      v.d = data(directions + i);
+      v.h = has_diagonal ? data(diagonals + i) : nullptr;
+      v.g_prev = keeps_gradient ? data(previous + i) : nullptr;
+      v.g_prev_out = keeps_gradient && adopted[i] == nullptr ? data(previous + i) : nullptr;
       v.g = ctx->input(gradients + i).flat<T>().data();
-      v.trust_ratio = ratios == nullptr ? nullptr : ratios + positions_[i];
+      v.trust_ratio = r_ == 1 ? data(ratios_at) + positions_[i] : nullptr;
+      v.curvature_sums = c_ == 1 ? data(sums_at) + 4 * positions_[i] : nullptr;
       v.size = ctx->input(gradients + i).NumElements();
       v.weight_decay = weight_decays(i);
     }
     const bool applied = Device::Update(ctx, settings, variables,
                                         ctx->input(learning_rate).flat<T>().data(),
                                         ctx->input(loss).flat<T>().data(),
-                                        vars[reals_at]->tensor()->flat<T>().data(),
+                                        data(reals_at),
                                         vars[counts_at]->tensor()->flat<int64_t>().data());
     for (int i = 0; applied && i < n_; ++i) {
       if (adopted[i] != nullptr) *vars[previous + i]->tensor() = std::move(*adopted[i]);
@@ -470,7 +501,7 @@ class NlcgUpdateOp : public OpKernel {
     return absl::OkStatus();
   }
 
-  int n_, r_;
+  int n_, r_, c_;
   bool keep_slots_;
   std::vector<int64_t> positions_;
   nlcg::Settings settings_;
@@ -494,6 +525,7 @@ NLCG_REGISTER_CPU(double);
                               .HostMemory("reals")        \
                               .HostMemory("counts")       \
                               .HostMemory("trust_ratios") \
+                              .HostMemory("curvature_sums") \
                               .HostMemory("settings")     \
                               .HostMemory("weight_decays") \
                               .TypeConstraint<T>("T"),    \
