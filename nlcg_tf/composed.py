@@ -7,12 +7,13 @@ import itertools
 
 from keras import ops
 
-from nlcg_tf import direction
+from nlcg_tf import direction, noise
 from nlcg_tf.preconditioner import Identity, uses_steps
 from nlcg_tf.reductions import all_finite, dot, total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
 REALS = ("delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean")
+REALS += ("tested_loss", "left_over", "foretold", "mean_square", "first_square")
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
 
 
@@ -24,12 +25,12 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         gradients: list of tensors, one for each of the weights.
         learning_rate: scalar tensor.
         variables: dict of variables: lists "weights" and, by their names, "slots"; vectors "reals",
-            "counts" and, with LARS scaling, "trust_ratios"; the scalar "loss" with a line search;
-            "curvature_sums" where the fused op can make use of them.
+            "counts" and, with LARS scaling, "trust_ratios"; the scalar "loss" where the settings
+            need it; "curvature_sums" where the fused op can make use of them.
         positions: list of ints, where each of the weights stands in "trust_ratios".
         weight_decays: list of floats.
     """
-    dtype = optimizer.compute_dtype
+    dtype, blends = optimizer.compute_dtype, optimizer.update_rule == "blended"
 
     def read(xs):
         return [ops.cast(x, dtype) for x in xs]
@@ -39,55 +40,74 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     old.update(zip(COUNTS, _unstack(variables["counts"])))
     first = old["updates"] == 0
     learning_rate = ops.cast(learning_rate, dtype)
+    loss = ops.cast(variables["loss"], dtype) if "loss" in variables else None
     g, w = read(gradients), read(variables["weights"])
     slots = {name: read(slot) for name, slot in variables["slots"].items()}
     d, g_prev = slots["direction"], slots.get("previous_gradient")
     state_before = {name: slots[name] for name in preconditioner.initial_state()}
+    new = {name: old[name] for name in REALS}
 
     def apply(state, x):
         return preconditioner.apply(state, x, optimizer.epsilon)
 
-    # Preconditioner
+    def step_direction(preconditioned, d, beta, kappa):
+        """d, or with Nesterov's look-ahead z + beta d, as far as gradients are noise."""
+        if not optimizer.nesterov:
+            return d
+        look_ahead = 1 - kappa
+        kept = 1 - look_ahead + look_ahead * beta
+        return [kept * d_i - look_ahead * z_i for z_i, d_i in zip(preconditioned, d)]
+
+    # Line search
+    line_search, searched, alpha = optimizer.line_search, {}, learning_rate
+    if line_search is not None:
+        searched = {name: old[name] for name in line_search.initial_state()}
+        searched = line_search.update(searched, loss, old["updates"])
+        alpha = learning_rate * searched["learning_rate_scale"]
+
+    # Curvature
     y = s = None
-    curvature = ops.zeros_like(old["curvature"])
-    if uses_steps(optimizer.preconditioner):
-        step = d  # the one really taken, but for its size
-        if optimizer.nesterov:
-            step = _look_ahead(apply(state_before, g_prev)[0], old["beta"], d)
+    curvature, kappa = ops.zeros_like(alpha), ops.zeros_like(alpha)
+    if uses_steps(optimizer.preconditioner) or blends:
+        preconditioned = apply(state_before, g_prev)[0] if optimizer.nesterov else None
+        step = step_direction(preconditioned, d, old["beta"], old["kappa"])
         sizes = [old["step_size"]] * len(w)
         if optimizer.lars_coefficient:
             rows = _unstack(variables["trust_ratios"])
             sizes = [old["step_size"] * rows[i] for i in positions]
         y = [g_i - p_i for g_i, p_i in zip(g, g_prev)]
         s = [size_i * step_i for size_i, step_i in zip(sizes, step)]
+    if uses_steps(optimizer.preconditioner):
         curvature = dot(y, s)
-    state, accepted = preconditioner.update(state_before, g, y, s, optimizer.epsilon)
-    preconditioned, mean = apply(state, g)
+    if blends:
+        slopes = dot(g, s), dot(g_prev, s)
+        means = old["left_over"], old["foretold"]
+        kappa, left_over, foretold = noise.trapezoid_test(
+            loss, old["tested_loss"], *slopes, *means, old["updates"]
+        )
+        new.update(tested_loss=loss, left_over=left_over, foretold=foretold)
+    state, accepted = preconditioner.update(state_before, g, y, s, kappa)
 
     # Direction
+    preconditioned, mean = apply(state, g)
     delta_new = dot(g, preconditioned)
-    beta = direction.fletcher_reeves(delta_new, old["delta"], optimizer.epsilon)
-    kappa = ops.zeros_like(beta)
-    if optimizer.update_rule == "polak_ribiere":
+    if blends:
+        beta = direction.blended(delta_new, old["delta"], kappa, optimizer.momentum)
+        factor, *squares = noise.length_factor(
+            dot(g, g), old["mean_square"], old["first_square"], kappa
+        )
+        alpha = alpha * factor
+        new.update(zip(("mean_square", "first_square"), squares))
+    elif optimizer.update_rule == "polak_ribiere":
         delta_mid = dot(g, apply(state_before, g_prev)[0])
-        beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"], optimizer.epsilon)
-    elif optimizer.update_rule == "blended":
-        kappa = direction.agreement(dot(g, g_prev), dot(g, g), dot(g_prev, g_prev))
-        beta = direction.blended(beta, kappa, optimizer.momentum)
+        beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
+    else:
+        beta = direction.fletcher_reeves(delta_new, old["delta"])
     beta = ops.where(first, ops.zeros_like(beta), beta)
     d = [beta * d_i - z_i for z_i, d_i in zip(preconditioned, d)]
-    step = _look_ahead(preconditioned, beta, d) if optimizer.nesterov else d
-
-    # Line search
-    line_search, new, alpha, must_be_finite = optimizer.line_search, {}, learning_rate, list(g)
-    if line_search is not None:
-        loss = ops.cast(variables["loss"], dtype)
-        searched = {name: old[name] for name in line_search.initial_state()}
-        new = line_search.update(searched, loss, old["updates"])
-        alpha = learning_rate * new["learning_rate_scale"]
-        must_be_finite.append(loss)
 
     # Step
+    step = step_direction(preconditioned, d, beta, kappa)
     sizes = [alpha] * len(w)
     if optimizer.lars_coefficient:
         ratios = [_trust_ratio(optimizer, w_i, step_i) for w_i, step_i in zip(w, step)]
@@ -96,8 +116,11 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         (w_i - w_i * decay * learning_rate if decay else w_i) + size_i * step_i
         for w_i, step_i, size_i, decay in zip(w, step, sizes, weight_decays)
     ]
+    new.update(delta=delta_new, step_size=alpha, beta=beta, curvature=curvature, **searched)
+    new.update(cosine=_cosine(g, step), kappa=kappa, preconditioner_mean=mean)
 
-    applied = all_finite([*must_be_finite, alpha])
+    # Nothing changes if anything is not finite.
+    applied = all_finite([*g, alpha] if loss is None else [*g, alpha, loss])
 
     def assign(variable, value):
         value = ops.cast(value, variable.dtype)
@@ -116,8 +139,6 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     if "curvature_sums" in variables:  # not kept here, and thereby said to be unknown
         sums = variables["curvature_sums"]
         assign(sums, ops.full(sums.shape, float("nan"), sums.dtype))
-    new.update(delta=delta_new, step_size=alpha, beta=beta, curvature=curvature)
-    new.update(cosine=_cosine(g, step), kappa=kappa, preconditioner_mean=mean)
     assign(variables["reals"], ops.stack([new[name] for name in optimizer.real_names]))
     rejected = applied & ops.logical_not(first | accepted)
     changes = [applied, ops.logical_not(applied), rejected]
@@ -128,10 +149,6 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
 
 def _unstack(variable):
     return list(ops.unstack(ops.convert_to_tensor(variable), variable.shape[0]))
-
-
-def _look_ahead(preconditioned, beta, d):
-    return [beta * d_i - z_i for z_i, d_i in zip(preconditioned, d)]
 
 
 def _trust_ratio(optimizer, w, step):

@@ -105,7 +105,8 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         self.epsilon = epsilon
         self.lars_coefficient = lars_coefficient
         self.fused = fused
-        if self.line_search is not None:
+        self._uses_loss = self.line_search is not None or update_rule == "blended"
+        if self._uses_loss:
             # A custom loop may observe a loss before the first update builds the slots.
             self.observed_loss = self._add_state("observed_loss", 0.0, keras.config.floatx())
         self._pending_loss = None
@@ -161,7 +162,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         )
 
     def observe_loss(self, loss):
-        """Tells the line search the loss of the coming update.
+        """Tells the optimizer the loss of the coming update.
 
         For custom training loops, before `apply` or `apply_gradients`; `fit` does it by itself.
         Under `gradient_accumulation_steps` call it on each micro-batch: the losses are averaged.
@@ -174,7 +175,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         Raises:
             ValueError: if `loss` is not a scalar.
         """
-        if self.line_search is None:
+        if not self._uses_loss:
             return
         loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
         if len(loss.shape) != 0:
@@ -204,14 +205,17 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         """Does one update; see `keras.optimizers.Optimizer.apply`.
 
         Raises:
-            ValueError: if a line search is on and no loss was observed since the last call.
+            ValueError: if no loss was observed since the last call, and the line search or
+                the update rule needs one.
         """
-        if self.line_search is not None:
+        if self._uses_loss:
             if not (self._loss_is_known or self._loss_comes_from_graph):
                 raise ValueError(
-                    "NLCG's line search has not seen the loss of this update. Call "
-                    "`optimizer.observe_loss(loss)` before the gradients are applied, or turn it "
-                    "off with `line_search=None`."
+                    "NLCG has not seen the loss of this update. Call "
+                    "`optimizer.observe_loss(loss)` before the gradients are applied. Without a "
+                    "loss work `update_rule='fletcher_reeves'` or 'polak_ribiere' with "
+                    f"`line_search=None`. Received: update_rule={self.update_rule!r}, "
+                    f"line_search={self.line_search!r}"
                 )
             self._loss_is_known = False
             if self._pending_loss is not None:
@@ -240,7 +244,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             variables["curvature_sums"] = self.curvature_sums
         if self.lars_coefficient:
             variables["trust_ratios"] = self.trust_ratios
-        if self.line_search is not None:
+        if self._uses_loss:
             variables["loss"] = self.observed_loss
 
         def update(tensors, variables):
@@ -282,7 +286,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             "rejected_curvatures" (updates whose y^T s was too small to be trusted). All zero before
             the first update, but for the scale.
         """
-        shown = (*REALS[1:], "learning_rate_scale", *COUNTS[:3])
+        shown = (*REALS[1:7], "learning_rate_scale", *COUNTS[:3])
         values = dict.fromkeys(shown, 0.0) | {"learning_rate_scale": 1.0}
         if self.built:
             values.update(zip(self.real_names, ops.convert_to_numpy(self.reals).tolist()))

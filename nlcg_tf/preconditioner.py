@@ -6,11 +6,12 @@ variable. Sums run over the elements of all variables: the paper's w is the whol
 
     uses_steps = True                            whether `update` looks at y and s
     initial_state()                           -> {name of a slot: initial float}
-    update(state, g, y, s, epsilon)           -> (the new state, whether y and s were good enough)
+    update(state, g, y, s, kappa)             -> (the new state, whether y and s were good enough)
     apply(state, g, epsilon)                  -> (P g, the mean of the diagonal that divides g)
 
 `state` is a dict of lists; g the gradient, y its change and s the step that changed it, zero in the
-first update and both `None` where they are not used. NLCG's direction then starts from z = -P g.
+first update and both `None` where they are not used; kappa in [0, 1] how free of noise g is, 0
+where that is not measured. NLCG's direction then starts from z = -P g.
 All is total: nothing is raised, and what comes of a gradient that is not finite is dropped by the
 optimizer.
 """
@@ -22,7 +23,7 @@ import keras
 from keras import ops
 
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
-from nlcg_tf.reductions import dot, total
+from nlcg_tf.reductions import TINY, dot, total
 
 
 def get(identifier):
@@ -44,14 +45,13 @@ def uses_steps(preconditioner):
     return preconditioner is not None and getattr(preconditioner, "uses_steps", True)
 
 
-def bfgs(h, y, s, epsilon):
+def bfgs(h, y, s):
     """Diagonal of the BFGS update of the Hessian estimate (paper, section 3.2.1).
 
     Args:
         h: list of tensors, the diagonal before the update.
         y: list of tensors of the same shapes, gradient minus previous gradient.
         s: list of tensors of the same shapes, the step that was taken between the two.
-        epsilon: float, the least curvature that is trusted; also added to the denominators.
 
     Returns:
         `(h_new, accepted)`: the new diagonal, and a scalar boolean that is False where the pair
@@ -61,12 +61,12 @@ def bfgs(h, y, s, epsilon):
     ys = dot(y, s)
     shs = dot(s, hs)
     # The paper has no guard; its authors' released code refuses non-positive curvature.
-    accepted = (ys > epsilon) & (shs > epsilon) & ops.isfinite(ys) & ops.isfinite(shs)
+    accepted = (ys > TINY) & (shs > TINY) & ops.isfinite(ys) & ops.isfinite(shs)
 
     def update(h_i, hs_i, y_i):
         # Each square is divided as it is formed: y^2 alone overflows float32 beyond 1.8e19. An
         # element that overflows all the same keeps its value: an infinite h would never come back.
-        candidate = h_i - hs_i * (hs_i / (shs + epsilon)) + y_i * (y_i / (ys + epsilon))
+        candidate = h_i - hs_i * (hs_i / shs) + y_i * (y_i / ys)
         return ops.where(accepted & ops.isfinite(candidate), ops.abs(candidate), h_i)
 
     return [update(*entry) for entry in zip(h, hs, y)], accepted
@@ -85,7 +85,7 @@ class Identity:
     def initial_state(self):
         return {}
 
-    def update(self, state, g, y, s, epsilon):
+    def update(self, state, g, y, s, kappa):
         return state, True
 
     def apply(self, state, g, epsilon):
@@ -105,8 +105,8 @@ class DiagonalBFGS(Configurable):
     def initial_state(self):
         return {"hessian_diagonal": 1.0}
 
-    def update(self, state, g, y, s, epsilon):
-        h, accepted = bfgs(state["hessian_diagonal"], y, s, epsilon)
+    def update(self, state, g, y, s, kappa):
+        h, accepted = bfgs(state["hessian_diagonal"], y, s)
         return {"hessian_diagonal": h}, accepted
 
     def apply(self, state, g, epsilon):
@@ -119,15 +119,16 @@ class DiagonalBFGS(Configurable):
 class NormalizedBFGS(DiagonalBFGS):
     """`DiagonalBFGS` that keeps the mean step as it is, and forgets.
 
-        h = decay * bfgs(h) + (1 - decay)
+        h = bfgs(h) + rate (1 - bfgs(h)),  rate = (1 - decay) (1 - kappa)
         P g = H g / (h + epsilon),  H = the harmonic mean of h + epsilon
 
     Only the relative curvature counts: the mean over all elements of step per gradient is the
     learning rate, as in SGD, whatever the noise in the gradients does to the size of h. What was
-    learned at old weights fades towards 1, in `1 / (1 - decay)` updates.
+    learned at other weights or of noise fades towards 1, in `1 / (1 - decay)` updates; of gradients
+    without noise (kappa 1) nothing is forgotten.
 
     Args:
-        decay: float in (0, 1]; 1 forgets nothing.
+        decay: float in (0, 1]; with 1 nothing is ever forgotten.
 
     Raises:
         ValueError: for a decay outside this range.
@@ -138,9 +139,10 @@ class NormalizedBFGS(DiagonalBFGS):
     def __post_init__(self):
         self._check("decay", is_fraction, "lie in (0, 1]")
 
-    def update(self, state, g, y, s, epsilon):
-        state, accepted = super().update(state, g, y, s, epsilon)
-        h = [h_i + (1 - self.decay) * (1 - h_i) for h_i in state["hessian_diagonal"]]
+    def update(self, state, g, y, s, kappa):
+        state, accepted = super().update(state, g, y, s, kappa)
+        rate = (1 - self.decay) * (1 - kappa)
+        h = [h_i + rate * (1 - h_i) for h_i in state["hessian_diagonal"]]
         return {"hessian_diagonal": h}, accepted
 
     def apply(self, state, g, epsilon):
@@ -179,7 +181,7 @@ class RMS(Configurable):
     def initial_state(self):
         return {"second_moment": 0.0}
 
-    def update(self, state, g, y, s, epsilon):
+    def update(self, state, g, y, s, kappa):
         def update(v_i, g_i):
             # An element whose square overflows keeps its value: infinity would never come back.
             candidate = v_i + (1 - self.decay) * (g_i * g_i - v_i)

@@ -1,9 +1,9 @@
 """Times one update of the optimizers alone: `python -m scripts.bench_update --json=out.json`.
 
-The fused NLCG update beside the composed one, Keras' Adam and Keras' SGD with momentum, on the
-variables of ResNet-50 and ResNet-32 and on one long vector; in turn, in one process. Gradients are
-read from variables, so that the op cannot take them over but has to copy them (16 transfers of the
-parameter vector; 15 in a training step).
+The forms of the fused NLCG update beside a composed one, Keras' Adam and Keras' SGD with momentum,
+on the variables of ResNet-50 and ResNet-32 and on one long vector; in turn, in one process.
+Gradients are read from variables, so that the op cannot take them over but has to copy them, one
+transfer of the parameter vector that a training step does not have.
 """
 
 import argparse
@@ -25,11 +25,32 @@ import nlcg_tf
 from scripts.benchmarks import interleaved, machine, ratio, show_ratio, write_json
 from trainers.models import cifar_resnet
 
-TRANSFERS = 16
-READS = 12  # of these
+# The settings of NLCG, and how often they read and write a vector of the parameters' size.
+FORMS = {
+    "bfgs": ({"preconditioner": "bfgs"}, 10, 4),
+    "normalized_bfgs": ({"preconditioner": "normalized_bfgs"}, 10, 4),
+    "normalized_bfgs, blended, nesterov": (
+        {"preconditioner": "normalized_bfgs", "update_rule": "blended", "nesterov": True},
+        12,
+        4,
+    ),
+    "rms": ({"preconditioner": "rms"}, 6, 3),
+    "rms, blended, nesterov": (
+        {"preconditioner": "rms", "update_rule": "blended", "nesterov": True},
+        7,
+        4,
+    ),
+}
+
+
+def nlcg(fused=True, **settings):
+    rule = settings.pop("update_rule", "fletcher_reeves")
+    return nlcg_tf.NLCG(1e-4, rule, line_search=None, fused=fused, **settings)
+
+
 OPTIMIZERS = {
-    "fused": lambda: nlcg_tf.NLCG(1e-4, line_search=None, fused=True),
-    "composed": lambda: nlcg_tf.NLCG(1e-4, line_search=None, fused=False),
+    **{name: lambda s=settings: nlcg(**s) for name, (settings, *_) in FORMS.items()},
+    "composed": lambda: nlcg(fused=False, preconditioner="bfgs"),
     "adam": lambda: keras.optimizers.Adam(1e-4),
     "momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
 }
@@ -92,39 +113,40 @@ def bench(name, repeats):
     gradients = [tf.Variable(rng.normal(size=s, scale=1e-2).astype("float32")) for s in shapes]
     calls = {key: update_call(make, shapes, gradients) for key, make in OPTIMIZERS.items()}
     seconds = interleaved(calls, repeats, prepare=lambda: shrink(gradients))
-    # An update whose curvature is rejected does not write h, and would be no measure.
-    for path in ("fused", "composed"):
-        assert calls[path].optimizer.diagnostics()["rejected_curvatures"] == 0
+    for name_of_form in FORMS:
+        # An update whose curvature is rejected does not write h, and would be no measure.
+        assert calls[name_of_form].optimizer.diagnostics()["rejected_curvatures"] == 0
     # Not among them: it would sweep the small models out of the cache.
     vectors = max(size, 20_000_000)
     memory = interleaved(memory_calls(vectors), 10)
     triad, read = (3 * 4 * vectors / np.median(memory[key]) / 1e9 for key in ("triad", "read"))
-    moved = TRANSFERS * 4 * size
-    bandwidth = moved / np.median(seconds["fused"]) / 1e9
     result = {
         "parameters": size,
         "tensors": len(shapes),
         "milliseconds": {key: 1e3 * np.median(values) for key, values in seconds.items()},
-        "ratios": {key: ratio(seconds, "fused", key) for key in ("momentum", "adam", "composed")},
-        "bytes_moved": moved,
-        "gigabytes_per_second": bandwidth,
         "triad_gigabytes_per_second": triad,
-        "share_of_triad": bandwidth / triad,
         "read_gigabytes_per_second": read,
-        "milliseconds_of_reading_alone": READS * 4 * size / read / 1e6,
+        "forms": {},
     }
     print(f"{name}: {size:,} parameters in {len(shapes)} tensors, {repeats} rounds")
     print("  median ms: " + ", ".join(f"{k} {v:.2f}" for k, v in result["milliseconds"].items()))
-    for key, value in result["ratios"].items():
-        show_ratio(f"fused NLCG / {key}", value)
-    print(
-        f"  {moved / 1e6:,.0f} MB moved, {bandwidth:.1f} GB/s, "
-        f"{bandwidth / triad:.0%} of the triad's {triad:.1f} GB/s"
-    )
-    print(
-        f"  its {READS} reads of the parameters alone take "
-        f"{result['milliseconds_of_reading_alone']:.2f} ms at the {read:.1f} GB/s of mere reading"
-    )
+    for form, (_, reads, writes) in FORMS.items():
+        gigabytes = (reads + writes) * 4 * size / 1e9
+        bandwidth = gigabytes / np.median(seconds[form])
+        others = ("momentum", "adam", "composed")
+        result["forms"][form] = {
+            "ratios": {key: ratio(seconds, form, key) for key in others},
+            "gigabytes_moved": gigabytes,
+            "share_of_triad": bandwidth / triad,
+            "milliseconds_of_reading_alone": reads * 4 * size / read / 1e6,
+        }
+        print(
+            f"  {form}: {reads + writes} transfers, {bandwidth:.1f} GB/s, {bandwidth / triad:.0%} "
+            f"of the triad's {triad:.1f}; its {reads} reads alone take "
+            f"{reads * 4 * size / read / 1e6:.2f} ms at the {read:.1f} GB/s of mere reading"
+        )
+        for key, value in result["forms"][form]["ratios"].items():
+            show_ratio(f"{form} / {key}", value)
     return result
 
 
@@ -133,14 +155,9 @@ def bench_linearity(repeats):
     result = {}
     for size in (4_000_000, 16_000_000, 64_000_000):
         gradient = [tf.Variable(np.full(size, 0.01, np.float32))]
-        call = update_call(OPTIMIZERS["fused"], [(size,)], gradient)
-        result[size] = (
-            1e9
-            * np.median(
-                interleaved({"fused": call}, repeats, prepare=lambda g=gradient: shrink(g))["fused"]
-            )
-            / size
-        )
+        calls = {"bfgs": update_call(OPTIMIZERS["bfgs"], [(size,)], gradient)}
+        seconds = interleaved(calls, repeats, prepare=lambda g=gradient: shrink(g))
+        result[size] = 1e9 * np.median(seconds["bfgs"]) / size
     print("linearity: " + ", ".join(f"{n:,}: {ns:.2f} ns" for n, ns in result.items()))
     return result
 
@@ -177,7 +194,7 @@ def main():
         repeats = arguments.repeats * (10 if name == "resnet32" else 1)
         result["cases"][name] = bench(name, repeats)
     result["nanoseconds_a_parameter"] = bench_linearity(arguments.repeats)
-    result["peak_memory_in_vectors"] = {p: peak_memory(p) for p in ("fused", "composed")}
+    result["peak_memory_in_vectors"] = {p: peak_memory(p) for p in ("bfgs", "composed")}
     print(
         "peak memory of an update above the variables, in parameter vectors: "
         + ", ".join(

@@ -40,6 +40,7 @@ LINE_SEARCHES = [None, "online", "step"]
 BOUNDS = {"float32": {"fletcher_reeves": 1e-5, "polak_ribiere": 1e-4, "blended": 1e-5}}
 BOUNDS["float64"] = dict.fromkeys(RULES, 1e-12)
 REALS = ["delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean"]
+REALS += ["tested_loss", "left_over", "foretold", "mean_square", "first_square"]
 
 
 class Variant(NamedTuple):
@@ -320,7 +321,9 @@ def check(device, library, sizes, updates, dtype, rule, variant):
         bits = problem.bits() if t in SPOILED else None
         gradient = (scale * before + 0.05 * rng.normal(size=len(start))).astype(dtype)
         gradient *= GROWTH.get(t, 1)
-        inputs = {"rate": 0.05 / (1 + 0.1 * t), "loss": 2 + np.sin(0.25 * t)}
+        loss = 1 + np.sum(scale * before**2) / 2
+        loss *= 1 + 0.1 * (t % 5 == 4) + 0.002 * t * rng.normal()
+        inputs = {"rate": 0.05 / (1 + 0.1 * t), "loss": loss}
         what, value = SPOILED.get(t, (None, None))
         if what == "gradient":
             gradient[rng.integers(max(1, len(start))) :][:1] = value

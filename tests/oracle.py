@@ -44,6 +44,8 @@ class Oracle:
         self.s = np.zeros_like(self.w)  # the last step, without weight decay
         self.alpha = np.zeros_like(self.w)
         self.delta = self.beta = self.curvature = self.cosine = self.kappa = 0.0
+        self.left_over = self.foretold = self.mean_square = self.first_square = 0.0
+        self.tested_loss = 0.0
         self.preconditioner_mean = 1.0
         self.scale = 1.0
         self.previous_loss = self.ema = self.ema_compared = None
@@ -51,9 +53,12 @@ class Oracle:
 
     def update(self, g, loss, learning_rate, weight_decay=0.0):
         g = np.asarray(g, np.float64)
-        if not np.isfinite(g).all() or (self.line_search and not np.isfinite(loss)):
+        uses_loss = self.line_search or self.rule == "blended"
+        if not np.isfinite(g).all() or (uses_loss and not np.isfinite(loss)):
             self.skipped += 1
             return
+        if self.rule == "blended":
+            self._test(g, loss)
         if self.preconditioner in ("bfgs", "normalized_bfgs"):
             self._learn_h(g)
         if self.preconditioner == "rms":
@@ -62,30 +67,49 @@ class Oracle:
         delta_new = -float(g @ self.z)
         self.beta = self._beta(g, delta_new, z_prev) if self.updates > 0 else 0.0
         self.d = self.z + self.beta * self.d
-        direction = self.z + self.beta * self.d if self.nesterov else self.d
+        ahead = self.nesterov * (1 - self.kappa)
+        direction = self.d + ahead * (self.z + self.beta * self.d - self.d)
         self.delta, self.g_prev = delta_new, g
         self.cosine = float(-g @ direction / (np.linalg.norm(g) * np.linalg.norm(direction)))
         if self.line_search:
             getattr(self, "_" + self.line_search)(loss)
         decayed = self.w * (1 - weight_decay * learning_rate)
         self.step_size = learning_rate * self.scale
+        if self.rule == "blended" and self.mean_square:
+            self.step_size *= (self.first_square / self.mean_square) ** ((1 - self.kappa) / 2)
         self.alpha = self.step_size * self._trust_ratios(direction)
         self.s = self.alpha * direction
         self.w = decayed + self.s
         self.updates += 1
+
+    def _test(self, g, loss):
+        """kappa from the last step's change of the loss, and the gradients' mean length."""
+        if self.updates > 0:
+            foretold = (abs(g @ self.s) + abs(self.g_prev @ self.s)) / 2 / abs(loss)
+            error = abs(loss - self.tested_loss - (g + self.g_prev) @ self.s / 2) / abs(loss)
+            error = max(error - 1e-6, 0.0)
+            old = 0.9 if self.updates > 1 else 0.0
+            self.left_over = old * self.left_over + (1 - old) * error
+            self.foretold = old * self.foretold + (1 - old) * foretold
+            left = self.left_over / self.foretold if self.foretold else 1.0
+            self.kappa = min(max(1 - left, 0.0), 1.0)
+            self.mean_square = 0.99 * self.mean_square + 0.01 * (g @ g)
+        else:
+            self.mean_square = self.first_square = float(g @ g)
+        self.tested_loss = loss
 
     def _learn_h(self, g):
         if self.updates > 0:
             y, s = g - self.g_prev, self.s
             ys = self.curvature = float(np.sum(y * s))
             shs = float(np.sum(s * self.h * s))
-            if ys > self.eps and shs > self.eps:
-                down = (self.h * s) ** 2 / (shs + self.eps)
-                self.h = np.abs(self.h - down + y**2 / (ys + self.eps))
+            if ys > 1e-30 and shs > 1e-30:
+                self.h = np.abs(self.h - (self.h * s) ** 2 / shs + y**2 / ys)
             else:
                 self.rejected += 1
         if self.preconditioner == "normalized_bfgs":
-            self.h = self.decay * self.h + (1 - self.decay)
+            rate = (1 - self.decay) * (1 - self.kappa)
+            self.h = (1 - rate) * self.h + rate
 
     def _precondition(self, g):
         """z, minus the preconditioned gradient."""
@@ -104,10 +128,8 @@ class Oracle:
         top = delta_new
         if self.rule == "polak_ribiere":
             top += float(g @ z_prev)
-        beta = min(max(top / (self.delta + self.eps), 0.0), 1.0)
+        beta = min(max(top / (self.delta + 1e-30), 0.0), 1.0)
         if self.rule == "blended":
-            norms = np.linalg.norm(g) * np.linalg.norm(self.g_prev)
-            self.kappa = max(float(g @ self.g_prev) / norms, 0.0) if norms else 0.0
             beta = self.kappa * beta + (1 - self.kappa) * self.momentum
         return beta
 

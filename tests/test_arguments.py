@@ -7,6 +7,7 @@ from problems import regression_data, regression_model
 import nlcg_tf
 from nlcg_tf import NLCG, schedules
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
+from nlcg_tf.preconditioner import RMS, NormalizedBFGS
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,13 @@ from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
         {"fused": "yes"},
         {"fused": 1},
         {"line_search": {}},
+        {"preconditioner": 3},
+        {"preconditioner": NormalizedBFGS},
+        {"preconditioner": OnlineLineSearch()},
+        {"preconditioner": {}},
+        {"nesterov": 1},
+        {"momentum": 1.0},
+        {"momentum": None},
     ],
     ids=str,
 )
@@ -51,6 +59,11 @@ def test_nlcg_names_the_bad_argument(arguments):
         (lambda: StepLineSearch(smoothing=1.0), "smoothing"),
         (lambda: StepLineSearch(limits=(1.0, 1.1), factors=(1.0, 1.0)), "limits"),
         (lambda: StepLineSearch(limits=(1.1,)), "factors"),
+        (lambda: NormalizedBFGS(0), "decay"),
+        (lambda: NormalizedBFGS(1.1), "decay"),
+        (lambda: NormalizedBFGS("0.9"), "decay"),
+        (lambda: RMS(1.0), "decay"),
+        (lambda: RMS(float("nan")), "decay"),
         (lambda: schedules.CifarSchedule(0, 200, 10), "batch_size"),
         (lambda: schedules.CifarSchedule(128, -1, 10), "epochs"),
         (lambda: schedules.ImageNetSchedule(128, 90, "10"), "steps_per_epoch"),
@@ -81,6 +94,8 @@ def test_diagnostics_before_and_after_the_first_update():
         "learning_rate_scale",
         "curvature",
         "cosine",
+        "kappa",
+        "preconditioner_mean",
         "updates",
         "skipped_updates",
         "rejected_curvatures",

@@ -9,6 +9,7 @@ from problems import regression_data, regression_model
 import nlcg_tf
 from nlcg_tf import NLCG
 from nlcg_tf.line_search import OnlineLineSearch
+from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS
 
 BATCH = 16
 
@@ -19,6 +20,8 @@ SETTINGS = [
     {"lars_coefficient": 0.1, "line_search": OnlineLineSearch(0.05, 0.01)},
     {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
     {"learning_rate": nlcg_tf.schedules.CifarSchedule(128, 2, 8)},
+    {"preconditioner": NormalizedBFGS(0.9), "nesterov": True, "update_rule": "blended"},
+    {"preconditioner": "rms", "momentum": 0.8, "update_rule": "blended"},
 ]
 IDS = [",".join(settings) or "default" for settings in SETTINGS]
 
@@ -71,42 +74,83 @@ def test_training_goes_on_bit_for_bit(settings, way, tmp_path):
 
 
 def test_get_config_holds_every_argument():
-    optimizer = NLCG(
-        0.2,
-        "polak_ribiere",
-        None,
-        OnlineLineSearch(decrease_threshold=0.5),
-        1e-6,
-        0.01,
-        False,
-        "mine",
-        clipnorm=1.0,
-        weight_decay=0.1,
-    )
+    arguments = {
+        "learning_rate": 0.2,
+        "update_rule": "blended",
+        "preconditioner": NormalizedBFGS(0.95),
+        "line_search": OnlineLineSearch(decrease_threshold=0.5),
+        "nesterov": True,
+        "momentum": 0.8,
+        "epsilon": 1e-6,
+        "lars_coefficient": 0.01,
+        "fused": False,
+        "name": "mine",
+        "clipnorm": 1.0,
+        "weight_decay": 0.1,
+    }
+    optimizer = NLCG(**arguments)
     copy = NLCG.from_config(optimizer.get_config())
     assert copy.get_config() == optimizer.get_config()
-    assert copy.line_search == OnlineLineSearch(decrease_threshold=0.5)
-    assert (copy.clipnorm, copy.weight_decay, copy.epsilon) == (1.0, 0.1, 1e-6)
+    for name in set(arguments) - {"learning_rate"}:
+        assert getattr(copy, name) == arguments[name], name
 
 
-@pytest.mark.parametrize("other", [{"line_search": None}, {"preconditioner": None}])
-def test_a_saved_state_that_does_not_fit_is_an_error(other, tmp_path):
-    model = compiled_model({})
+@pytest.mark.parametrize("preconditioner", [DiagonalBFGS(), NormalizedBFGS(0.9), RMS(0.95), None])
+def test_a_preconditioner_survives_serialisation(preconditioner):
+    config = NLCG(preconditioner=preconditioner).get_config()
+    assert keras.saving.deserialize_keras_object(config["preconditioner"]) == preconditioner
+    assert NLCG.from_config(config).preconditioner == preconditioner
+
+
+@pytest.mark.parametrize(
+    "saved, wanted, words",
+    [
+        ({}, {"line_search": None}, "line_search: saved 'OnlineLineSearch', wanted 'NoneType'"),
+        ({}, {"preconditioner": None}, "preconditioner: saved 'DiagonalBFGS', wanted 'NoneType'"),
+        # As many variables of the same shapes: Keras would load one for the other.
+        ({"preconditioner": "rms"}, {"preconditioner": None, "use_ema": True}, "saved 'RMS'"),
+        (
+            {"preconditioner": "normalized_bfgs"},
+            {"preconditioner": "bfgs"},
+            "preconditioner: saved 'NormalizedBFGS', wanted 'DiagonalBFGS'",
+        ),
+    ],
+)
+def test_a_saved_state_of_other_settings_is_an_error(saved, wanted, words, tmp_path):
+    base = {"preconditioner": "bfgs", "update_rule": "fletcher_reeves"}
+    model = compiled_model(base | saved)
     train(model, 0, 2)
     model.save_weights(tmp_path / "model.weights.h5")
-    path = tf.train.Checkpoint(optimizer=model.optimizer).write(str(tmp_path / "state"))
 
-    stranger = compiled_model(other)
+    stranger = compiled_model(base | wanted)
     train(stranger, 0, 1)
-    store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
+    store = {}
+    model.optimizer.save_own_variables(store)
     before = bits(stranger)
-    with pytest.raises(ValueError, match=r"saved state of optimizer 'nlcg' has \d+ variables"):
+    with pytest.raises(ValueError, match=f"saved state of optimizer 'nlcg'.*{words}"):
         stranger.optimizer.load_own_variables(store)
     with pytest.raises(ValueError, match="saved state"):
         stranger.load_weights(tmp_path / "model.weights.h5")
     assert {k: v for k, v in bits(stranger).items() if "nlcg" in k} == {
         k: v for k, v in before.items() if "nlcg" in k
     }
+
+
+def test_a_saved_state_of_the_first_version_is_an_error():
+    model = compiled_model({})
+    train(model, 0, 2)
+    store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
+    with pytest.raises(ValueError, match=r"nlcg_tf 0\.1\.0"):
+        model.optimizer.load_own_variables(store)
+
+
+@pytest.mark.parametrize("wanted", [{"line_search": None}, {"preconditioner": None}])
+def test_a_checkpoint_of_other_settings_is_not_consumed(wanted, tmp_path):
+    model = compiled_model({})
+    train(model, 0, 2)
+    path = tf.train.Checkpoint(optimizer=model.optimizer).write(str(tmp_path / "state"))
+    stranger = compiled_model(wanted)
+    train(stranger, 0, 1)
     with pytest.raises((AssertionError, ValueError, tf.errors.InvalidArgumentError)):
         tf.train.Checkpoint(optimizer=stranger.optimizer).read(path).assert_consumed()
 
@@ -140,6 +184,7 @@ def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
     stranger = keras.Sequential([keras.Input((4,)), keras.layers.Dense(9), keras.layers.Dense(1)])
     stranger.compile(optimizer=NLCG(0.1), loss="mse")
     train(stranger, 0, 1)
-    store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
+    store = {}
+    model.optimizer.save_own_variables(store)
     with pytest.raises(ValueError, match="shape"):
         stranger.optimizer.load_own_variables(store)

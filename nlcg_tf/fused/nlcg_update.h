@@ -7,11 +7,11 @@
 //      come from sweep 3 of the update before; where they are not known, or with Nesterov's
 //      look-ahead, g_prev and h are read as well.
 //   2. BFGS: read g, g_prev, d, h, write h  -> delta of the new h, which beta needs of all variables
-//   1+2. RMS: read g, v; no preconditioner: read g
+//   1+2. RMS: read g, v; no preconditioner: read g. Polak-Ribiere: g_prev too; blended: g_prev and d
 //   3. read g, d, w (h or v), write d, w (v), g_prev -> the sums for the cosine and for the next 1
 //
-// That is 14 transfers of the parameter vector with BFGS, 9 with RMS and Fletcher-Reeves, 6 without
-// preconditioner; Polak-Ribiere and the blended rule keep g_prev in any case.
+// That is 14 transfers of the parameter vector with BFGS, 16 with the look-ahead too; with RMS and
+// Fletcher-Reeves 9, without preconditioner 6; blended 12 and 9.
 //
 // Sums are taken over chunks of fixed size, in fixed order: the bits do not depend on the number of
 // threads. Nothing is written before it is known whether the update is to be skipped.
@@ -42,6 +42,11 @@ enum Real {
   kCosine,
   kKappa,
   kMean,
+  kTestedLoss,
+  kLeftOver,
+  kForetold,
+  kMeanSquare,
+  kFirstSquare,
   kScale,
   kLoss,
   kComparedLoss
@@ -53,6 +58,10 @@ enum Rule { kFletcherReeves, kPolakRibiere, kBlended };
 enum LineSearch { kNoLineSearch, kOnline, kStep };
 
 constexpr int kMaxLimits = 16;
+
+// The constants of reductions.py and noise.py.
+constexpr double kTiny = 1e-30;
+constexpr double kTestMemory = 0.9, kLengthMemory = 0.99, kRounding = 1e-6;
 
 struct Settings {
   int preconditioner;
@@ -74,6 +83,15 @@ struct Settings {
 
 NLCG_HOST_DEVICE bool UsesBfgs(const Settings& settings) {
   return settings.preconditioner == kBfgs || settings.preconditioner == kNormalizedBfgs;
+}
+
+NLCG_HOST_DEVICE bool UsesLoss(const Settings& settings) {
+  return settings.line_search != kNoLineSearch || settings.rule == kBlended;
+}
+
+// Whether the diagonal divides a gradient that is scaled afterwards by its mean.
+NLCG_HOST_DEVICE bool IsScaled(const Settings& settings) {
+  return settings.preconditioner == kNormalizedBfgs || settings.preconditioner == kRms;
 }
 
 // Whether there is a slot for the previous gradient.
@@ -113,18 +131,21 @@ constexpr int kSums = 7;
 struct Sums {
   double of[kSums];
 };
-enum CurvatureSum { kCheck, kYs, kShs };  // kCheck: 0 where all gradients are finite, NaN otherwise
+// kCheck: 0 where all gradients are finite, NaN otherwise; kSlope: g's
+enum CurvatureSum { kCheck, kYs, kShs, kSlope };
 // kFresh: g'(g/x) of the divisor x; kDivisor: 1/x (BFGS) or (g/x)^2 (RMS); kMid: g'(g_prev/x_prev)
-enum DirectionSum { kFresh = 1, kDivisor, kMid, kGg, kGp, kPp };
+enum DirectionSum { kFresh = 1, kDivisor, kMid, kGg, kNewSlope, kOldSlope };
 enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 
 // What one sweep tells the next; the new scalars wait here until the update is known to be done.
 template <typename T>
 struct Stage {
   bool skip, first, accepted;
-  T step_prev, beta_prev, scale_prev;
-  T inv_ys, inv_shs;
-  T scale, beta, alpha, learning_rate;
+  T step_prev, kept_prev, ahead_prev, scale_prev;
+  T inv_ys, inv_shs, forget;
+  T scale, beta, kept, ahead, alpha, learning_rate;
+  T loss;
+  double kappa;
   T reals[kComparedLoss + 1];
 };
 
@@ -169,8 +190,7 @@ NLCG_HOST_DEVICE V Sqrt(V x) {
   return x;
 }
 
-// The direction, from the gradient and what it is divided by; also the look-ahead, and the step of
-// the update before.
+// The direction, from the gradient and what it is divided by; and with other factors the look-ahead.
 template <typename V, typename T>
 NLCG_HOST_DEVICE V Direction(V g, V divisor, V d, T scale, T beta) {
   return beta * d - scale * (g / divisor);
@@ -187,6 +207,20 @@ NLCG_HOST_DEVICE double Bounded(const Settings& settings, double scale) {
   return scale < settings.minimum_scale ? settings.minimum_scale : scale > 1 ? 1 : scale;
 }
 
+NLCG_HOST_DEVICE double ClippedToOne(double x) {
+  // Where the sums overflowed the direction starts again from steepest descent.
+  return !Finite(x) || x < 0 ? 0 : x > 1 ? 1 : x;
+}
+
+// Factors of the step that is taken, (1 - a) d + a (z + beta d) with a = 1 - kappa: of d, and of the
+// divided gradient.
+template <typename T>
+NLCG_HOST_DEVICE void LookAhead(T beta, T scale, T kappa, T* kept, T* ahead) {
+  const T look_ahead = T(1) - kappa;
+  *kept = T(1) - look_ahead + look_ahead * beta;
+  *ahead = look_ahead * scale;
+}
+
 // The line search and the step size: section 3.2.2. Needs no sums, so that a loss that is not finite
 // is known before anything is written.
 template <typename T>
@@ -195,9 +229,11 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
   const int64_t updates = counts[kUpdates];
   stage->first = updates == 0;
   stage->step_prev = reals[kStepSize];
-  stage->beta_prev = reals[kBeta];
-  const bool scaled = settings.preconditioner == kNormalizedBfgs || settings.preconditioner == kRms;
-  stage->scale_prev = scaled ? reals[kMean] : T(1);
+  stage->scale_prev = IsScaled(settings) ? reals[kMean] : T(1);
+  LookAhead(reals[kBeta], stage->scale_prev, reals[kKappa], &stage->kept_prev, &stage->ahead_prev);
+  for (int i = kTestedLoss; i <= kFirstSquare; ++i) stage->reals[i] = reals[i];
+  stage->loss = loss;
+  stage->kappa = 0;
   double scale = 1;
   if (settings.line_search != kNoLineSearch) scale = reals[kScale];
   if (settings.line_search == kOnline) {
@@ -232,37 +268,73 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
   stage->alpha = learning_rate * T(scale);
   stage->reals[kStepSize] = stage->alpha;
   stage->learning_rate = learning_rate;
-  stage->skip = !Finite(stage->alpha) ||
-                (settings.line_search != kNoLineSearch && !Finite(loss));
+  stage->skip = !Finite(stage->alpha) || (UsesLoss(settings) && !Finite(loss));
+}
+
+// The trapezoid test (noise.py): kappa, from g's and g_prev's.
+template <typename T>
+NLCG_HOST_DEVICE void TestNoise(const T* reals, const int64_t* counts, double slope,
+                                double previous_slope, Stage<T>* stage) {
+  const double loss = stage->loss;
+  const double change = loss - reals[kTestedLoss] - (slope + previous_slope) / 2;
+  double error = fabs(change / loss) - kRounding;
+  if (error < 0) error = 0;
+  const double size = (fabs(slope / loss) + fabs(previous_slope / loss)) / 2;
+  if (!stage->first && Finite(error) && Finite(size)) {
+    const double memory = counts[kUpdates] > 1 ? kTestMemory : 0;
+    stage->reals[kLeftOver] = T(memory * reals[kLeftOver] + (1 - memory) * error);
+    stage->reals[kForetold] = T(memory * reals[kForetold] + (1 - memory) * size);
+  }
+  stage->reals[kTestedLoss] = stage->loss;
+  const double left_over = stage->reals[kLeftOver];
+  stage->kappa = ClippedToOne(1 - left_over / stage->reals[kForetold]);
+}
+
+// What makes up for shrinking gradients (noise.py), as far as they are noise.
+template <typename T>
+NLCG_HOST_DEVICE double LengthFactor(double square, const T* reals, Stage<T>* stage) {
+  if (Finite(T(square))) {
+    const double mean = reals[kMeanSquare];
+    if (mean > 0) square = kLengthMemory * mean + (1 - kLengthMemory) * square;
+    stage->reals[kMeanSquare] = T(square);
+    if (reals[kFirstSquare] == 0) stage->reals[kFirstSquare] = T(square);
+  }
+  const double mean = stage->reals[kMeanSquare], first = stage->reals[kFirstSquare];
+  const double factor = exp((1 - stage->kappa) / 2 * (log(first) - log(mean)));
+  return Finite(factor) ? factor : 1;
 }
 
 // After sweep 1 of BFGS.
 template <typename T>
-NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const Sums& sums, Stage<T>* stage) {
-  const T epsilon = T(settings.epsilon), curvature = T(sums.of[kYs]), scaled = T(sums.of[kShs]);
+NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const T* reals,
+                                      const int64_t* counts, const Sums& sums, Stage<T>* stage) {
+  const T curvature = T(sums.of[kYs]), scaled = T(sums.of[kShs]);
   stage->skip = stage->skip || sums.of[kCheck] != 0;
-  stage->accepted = !stage->first && curvature > epsilon && scaled > epsilon &&
+  stage->accepted = !stage->first && curvature > T(kTiny) && scaled > T(kTiny) &&
                     Finite(curvature) && Finite(scaled);
-  stage->inv_ys = T(1) / (curvature + epsilon);
-  stage->inv_shs = T(1) / (scaled + epsilon);
+  stage->inv_ys = T(1) / curvature;
+  stage->inv_shs = T(1) / scaled;
   stage->reals[kCurvature] = curvature;
-}
-
-NLCG_HOST_DEVICE double ClippedToOne(double x) {
-  // Where the sums overflowed the direction starts again from steepest descent.
-  return !Finite(x) || x < 0 ? 0 : x > 1 ? 1 : x;
+  if (settings.rule == kBlended) {
+    TestNoise(reals, counts, sums.of[kSlope], sums.of[kSlope] - sums.of[kYs], stage);
+  }
+  stage->forget = T((1 - settings.decay) * (1 - stage->kappa));
 }
 
 // After sweep 2, or the first one without BFGS; `elements` are those of all variables.
 template <typename T>
-NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals, double elements,
-                                      const Sums& sums, Stage<T>* stage) {
+NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
+                                      const int64_t* counts, double elements, const Sums& sums,
+                                      Stage<T>* stage) {
   stage->skip = stage->skip || sums.of[kCheck] != 0;
   double mean = 1;
   if (UsesBfgs(settings)) {
     if (elements > 0) mean = elements / sums.of[kDivisor];
   } else {
     stage->reals[kCurvature] = 0;
+    if (settings.rule == kBlended) {
+      TestNoise(reals, counts, sums.of[kNewSlope], sums.of[kOldSlope], stage);
+    }
     if (settings.preconditioner == kRms) {
       mean = sqrt(sums.of[kGg] / sums.of[kDivisor]);
       // Where the squares vanish or overflow there is no direction to trust.
@@ -270,20 +342,22 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals, 
     }
   }
   stage->reals[kMean] = T(mean);
-  const bool scaled = settings.preconditioner == kNormalizedBfgs || settings.preconditioner == kRms;
-  stage->scale = scaled ? T(mean) : T(1);
+  stage->scale = IsScaled(settings) ? T(mean) : T(1);
   const T delta = T(stage->scale * sums.of[kFresh]);
   double top = delta;
   if (settings.rule == kPolakRibiere) top -= T(stage->scale_prev * sums.of[kMid]);
-  double beta = ClippedToOne(top / (reals[kDelta] + T(settings.epsilon))), kappa = 0;
+  double beta = ClippedToOne(top / (reals[kDelta] + T(kTiny)));
   if (settings.rule == kBlended) {
-    kappa = ClippedToOne(sums.of[kGp] / sqrt(sums.of[kGg]) / sqrt(sums.of[kPp]));
-    beta = kappa * beta + (1 - kappa) * settings.momentum;
+    beta = stage->kappa * beta + (1 - stage->kappa) * settings.momentum;
+    stage->alpha *= T(LengthFactor(sums.of[kGg], reals, stage));
+    stage->reals[kStepSize] = stage->alpha;
+    stage->skip = stage->skip || !Finite(stage->alpha);
   }
   stage->beta = stage->first ? T(0) : T(beta);
   stage->reals[kDelta] = delta;
   stage->reals[kBeta] = stage->beta;
-  stage->reals[kKappa] = T(kappa);
+  stage->reals[kKappa] = T(stage->kappa);
+  LookAhead(stage->beta, stage->scale, T(stage->kappa), &stage->kept, &stage->ahead);
 }
 
 // After sweep 3: the scalars are written.

@@ -132,7 +132,7 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     module, _ = _load()
     with tf.init_scope():  # the handles are constants of a graph, packed once
         packed = module.nlcg_pack_handles(slots)
-    loss = variables["loss"] if optimizer.line_search is not None else 0.0
+    loss = variables.get("loss", 0.0)
     with tf.device("CPU:0"):  # where the op reads them; on a GPU they would have to be fetched
         vector = tf.constant(_settings_vector(optimizer), tf.float64)
         weight_decays = tf.constant(weight_decays, tf.float64)

@@ -120,6 +120,18 @@ struct ExactSum {
 
 // The bodies are functors, not lambdas: a lambda would not be compiled for its caller's instructions.
 
+// The last step s, of `step` times the direction, on the elements from i on.
+template <typename T>
+NLCG_HOST_DEVICE typename Simd<T>::Vector LastStep(const Variable<T>& v, const Stage<T>& stage,
+                                                   T step, bool nesterov,
+                                                   typename Simd<T>::Vector g_prev,
+                                                   typename Simd<T>::Vector old_divisor, int64_t i,
+                                                   int64_t n) {
+  typename Simd<T>::Vector d = Load(v.d + i, n);
+  if (nesterov) d = Direction(g_prev, old_divisor, d, stage.ahead_prev, stage.kept_prev);
+  return step * d;
+}
+
 // BFGS: y's and s'hs, from all that they are made of.
 template <typename T>
 struct CurvatureBody {
@@ -128,17 +140,18 @@ struct CurvatureBody {
   const Stage<T>& stage;
   const T epsilon, step;
   const bool nesterov;
-  V check = {}, ys = {}, shs = {};
+  V check = {}, ys = {}, shs = {}, slope = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), g_prev = Load(v.g_prev + i, n), h = Load(v.h + i, n);
-    V s = Load(v.d + i, n);
-    if (nesterov) s = Direction(g_prev, h + epsilon, s, stage.scale_prev, stage.beta_prev);
-    s *= step;
+    const V s = LastStep(v, stage, step, nesterov, g_prev, h + epsilon, i, n);
     check += g - g;
     ys += (g - g_prev) * s;
     shs += s * (h * s);
+    slope += g * s;
   }
-  NLCG_HOST_DEVICE Sums Result() const { return {{Sum<T>(check), Sum<T>(ys), Sum<T>(shs)}}; }
+  NLCG_HOST_DEVICE Sums Result() const {
+    return {{Sum<T>(check), Sum<T>(ys), Sum<T>(shs), Sum<T>(slope)}};
+  }
 };
 
 // The same where sweep 3 left the sums over the old gradient.
@@ -156,28 +169,33 @@ struct ProductBody {
   NLCG_HOST_DEVICE Sums Result() const { return {{Sum<T>(check), gd.Result()}}; }
 };
 
-// What beta needs, given the divisors of g and, for Polak-Ribiere, of g_prev.
+// What beta needs, and without BFGS what the trapezoid test needs.
 template <typename T>
 struct DirectionSums {
   using V = typename Simd<T>::Vector;
+  const Variable<T>& v;
+  const Stage<T>& stage;
   const int rule;
-  V check = {}, fresh = {}, divisor = {}, mid = {}, gg = {}, gp = {}, pp = {};
+  const bool nesterov;
+  V check = {}, fresh = {}, divisor = {}, mid = {}, gg = {}, new_slope = {}, old_slope = {};
   NLCG_HOST_DEVICE void Add(V g, V quotient) {
     check += g - g;
     fresh += g * quotient;
+    if (rule == kBlended) gg += g * g;
   }
-  NLCG_HOST_DEVICE void AddPrevious(V g, const Variable<T>& v, V old_divisor, int64_t i, int64_t n) {
+  NLCG_HOST_DEVICE void AddMid(V g, V old_divisor, int64_t i, int64_t n) {
     if (rule == kPolakRibiere) mid += g * (Load(v.g_prev + i, n) / old_divisor);
-    if (rule == kBlended) {
-      const V g_prev = Load(v.g_prev + i, n);
-      gg += g * g;
-      gp += g * g_prev;
-      pp += g_prev * g_prev;
-    }
+  }
+  NLCG_HOST_DEVICE void AddSlopes(V g, V old_divisor, T step, int64_t i, int64_t n) {
+    if (rule != kBlended) return;
+    const V g_prev = Load(v.g_prev + i, n);
+    const V s = LastStep(v, stage, step, nesterov, g_prev, old_divisor, i, n);
+    new_slope += g * s;
+    old_slope += g_prev * s;
   }
   NLCG_HOST_DEVICE Sums Result() const {
-    return {{Sum<T>(check), Sum<T>(fresh), Sum<T>(divisor), Sum<T>(mid), Sum<T>(gg), Sum<T>(gp),
-             Sum<T>(pp)}};
+    return {{Sum<T>(check), Sum<T>(fresh), Sum<T>(divisor), Sum<T>(mid), Sum<T>(gg),
+             Sum<T>(new_slope), Sum<T>(old_slope)}};
   }
 };
 
@@ -186,26 +204,24 @@ struct HessianBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
   const Stage<T>& stage;
-  const T epsilon, step, forget;
-  const bool nesterov;
+  const T epsilon, step;
   DirectionSums<T> sums;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), h_before = Load(v.h + i, n);
     V h = h_before;
     if (kAccepted) {
       const V g_prev = Load(v.g_prev + i, n);
-      V s = Load(v.d + i, n);
-      if (nesterov) s = Direction(g_prev, h + epsilon, s, stage.scale_prev, stage.beta_prev);
-      h = HessianDiagonal(h, step * s, g - g_prev, stage.inv_shs, stage.inv_ys);
+      const V s = LastStep(v, stage, step, sums.nesterov, g_prev, h + epsilon, i, n);
+      h = HessianDiagonal(h, s, g - g_prev, stage.inv_shs, stage.inv_ys);
     }
-    if (forget != 0) h = Forget(h, forget);
-    if (kAccepted || forget != 0) Store(v.h + i, h, n);
+    if (stage.forget != 0) h = Forget(h, stage.forget);
+    if (kAccepted || stage.forget != 0) Store(v.h + i, h, n);
     V inverse = T(1) / (h + epsilon);
     sums.Add(g, g * inverse);
     // Elements that are not there have no part in the sum over 1 / h.
     for (int64_t j = n; j < Lanes<T>(); ++j) inverse[j] = 0;
     sums.divisor += inverse;
-    sums.AddPrevious(g, v, h_before + epsilon, i, n);
+    sums.AddMid(g, h_before + epsilon, i, n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
@@ -215,12 +231,13 @@ template <typename T>
 struct PlainBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
-  const T epsilon;
+  const T epsilon, step;
   DirectionSums<T> sums;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), divisor = V{} + (T(1) + epsilon);
     sums.Add(g, g / divisor);
-    sums.AddPrevious(g, v, divisor, i, n);
+    sums.AddMid(g, divisor, i, n);
+    sums.AddSlopes(g, divisor, step, i, n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
@@ -229,16 +246,21 @@ template <typename T>
 struct RmsBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
-  const T epsilon, forget;
+  const T epsilon, step, forget;
   DirectionSums<T> sums;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), before = Load(v.h + i, n);
     const V quotient = g / (Sqrt(SecondMoment(before, g, forget)) + epsilon);
     sums.Add(g, quotient);
     sums.divisor += quotient * quotient;
-    if (sums.rule != kBlended) sums.gg += g * g;
-    const V old_divisor = sums.rule == kPolakRibiere ? Sqrt(before) + epsilon : before;
-    sums.AddPrevious(g, v, old_divisor, i, n);
+    if (sums.rule == kFletcherReeves) {
+      sums.gg += g * g;
+    } else {
+      if (sums.rule == kPolakRibiere) sums.gg += g * g;
+      const V old_divisor = Sqrt(before) + epsilon;
+      sums.AddMid(g, old_divisor, i, n);
+      sums.AddSlopes(g, old_divisor, step, i, n);
+    }
   }
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
@@ -265,7 +287,7 @@ struct StepBody {
     divisor += epsilon;
     const V d = Direction(g, divisor, Load(v.d + i, n), stage.scale, stage.beta);
     V step = d;
-    if (nesterov) step = Direction(g, divisor, d, stage.scale, stage.beta);
+    if (nesterov) step = Direction(g, divisor, d, stage.ahead, stage.kept);
     Store(v.d + i, d, n);
     if (stream && n == Lanes<T>()) {
       Stream(v.g_prev_out + i, g);
@@ -305,7 +327,7 @@ struct LarsBody {
       V h = V{} + T(1);
       if (preconditioner != kIdentity) h = Load(v.h + i, n);
       if (preconditioner == kRms) h = Sqrt(h);
-      d = Direction(Load(v.g + i, n), h + epsilon, d, stage.scale, stage.beta);
+      d = Direction(Load(v.g + i, n), h + epsilon, d, stage.ahead, stage.kept);
     }
     Store(v.w + i, Weight(Load(v.w + i, n), d, decay_rate, step), n);
   }
@@ -329,6 +351,7 @@ NLCG_HOST_DEVICE Sums RunCurvature(const Settings& settings, const Stage<T>& sta
     return Run<T>(CurvatureBody<T>{v, stage, epsilon, step, settings.nesterov}, begin, end);
   }
   Sums sums = Run<T>(ProductBody<T>{v}, begin, end);
+  sums.of[kSlope] = sums.of[kYs] * step;
   if (begin == 0) sums.of[kYs] -= CurvatureSum(v, 0);
   sums.of[kYs] *= step;
   sums.of[kShs] = begin == 0 ? CurvatureSum(v, 1) * step * step : 0;
@@ -339,18 +362,17 @@ template <typename T>
 NLCG_HOST_DEVICE Sums RunDirection(const Settings& settings, const Stage<T>& stage,
                                    const Variable<T>& v, T step, int64_t begin, int64_t end) {
   const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
-  const bool nesterov = settings.nesterov;
-  const DirectionSums<T> sums{settings.rule};
+  const DirectionSums<T> sums{v, stage, settings.rule, settings.nesterov};
   if (settings.preconditioner == kIdentity) {
-    return Run<T>(PlainBody<T>{v, epsilon, sums}, begin, end);
+    return Run<T>(PlainBody<T>{v, epsilon, step, sums}, begin, end);
   }
   if (settings.preconditioner == kRms) {
-    return Run<T>(RmsBody<T>{v, epsilon, forget, sums}, begin, end);
+    return Run<T>(RmsBody<T>{v, epsilon, step, forget, sums}, begin, end);
   }
   if (stage.accepted) {
-    return Run<T>(HessianBody<T, true>{v, stage, epsilon, step, forget, nesterov, sums}, begin, end);
+    return Run<T>(HessianBody<T, true>{v, stage, epsilon, step, sums}, begin, end);
   }
-  return Run<T>(HessianBody<T, false>{v, stage, epsilon, step, forget, nesterov, sums}, begin, end);
+  return Run<T>(HessianBody<T, false>{v, stage, epsilon, step, sums}, begin, end);
 }
 
 template <typename T, int kPreconditioner>
@@ -440,10 +462,10 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
   for (const Variable<T>& v : variables) elements += v.size;
   Begin(settings, reals, counts, learning_rate, loss, &stage);
   if (!stage.skip && UsesBfgs(settings)) {
-    FinishCurvature(settings, sweep(kSweepCurvature), &stage);
+    FinishCurvature(settings, reals, counts, sweep(kSweepCurvature), &stage);
   }
   if (!stage.skip) {
-    FinishDirection(settings, reals, elements, sweep(kSweepDirection), &stage);
+    FinishDirection(settings, reals, counts, elements, sweep(kSweepDirection), &stage);
   }
   Sums total = {};
   if (!stage.skip) {

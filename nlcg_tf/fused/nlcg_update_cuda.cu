@@ -97,13 +97,24 @@ struct Part {
   int64_t begin, end;
 };
 
+// The last step, of `step` times the direction.
+template <typename T>
+__device__ T LastStep(const Settings& settings, const Stage<T>& stage, const Variable<T>& v, T step,
+                      T old_divisor, int64_t i) {
+  T d = v.d[i];
+  if (settings.nesterov) {
+    d = Direction(v.g_prev[i], old_divisor, d, stage.ahead_prev, stage.kept_prev);
+  }
+  return step * d;
+}
+
 template <typename T>
 __device__ Sums CurvatureSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
                                T step) {
   const Variable<T>& v = part.v;
   const T epsilon = T(settings.epsilon);
   T check = 0;
-  double ys = 0, shs = 0;
+  double ys = 0, shs = 0, slope = 0;
   if (CurvatureSumsAreKnown(v)) {
 #pragma unroll 4
     for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
@@ -111,6 +122,7 @@ __device__ Sums CurvatureSweep(const Settings& settings, const Stage<T>& stage, 
       check += g - g;
       ys += double(g) * v.d[i];
     }
+    slope = ys * step;
     if (part.begin == 0 && threadIdx.x == 0) {
       ys -= CurvatureSum(v, 0);
       shs = CurvatureSum(v, 1) * step * step;
@@ -119,16 +131,14 @@ __device__ Sums CurvatureSweep(const Settings& settings, const Stage<T>& stage, 
   } else {
 #pragma unroll 4
     for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-      const T g = v.g[i], g_prev = v.g_prev[i], h = v.h[i];
-      T s = v.d[i];
-      if (settings.nesterov) s = Direction(g_prev, h + epsilon, s, stage.scale_prev, stage.beta_prev);
-      s *= step;
+      const T g = v.g[i], h = v.h[i], s = LastStep(settings, stage, v, step, h + epsilon, i);
       check += g - g;
-      ys += (g - g_prev) * s;
+      ys += (g - v.g_prev[i]) * s;
       shs += s * (h * s);
+      slope += g * s;
     }
   }
-  return {{double(check), ys, shs}};
+  return {{double(check), ys, shs, slope}};
 }
 
 template <typename T, int kPreconditioner>
@@ -137,7 +147,8 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
   const Variable<T>& v = part.v;
   const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
   const bool accepted = kPreconditioner == kBfgs && stage.accepted;
-  T check = 0, fresh = 0, divisors = 0, mid = 0, gg = 0, gp = 0, pp = 0;
+  const bool tests = kPreconditioner != kBfgs && settings.rule == kBlended;
+  T check = 0, fresh = 0, divisors = 0, mid = 0, gg = 0, new_slope = 0, old_slope = 0;
 #pragma unroll 4
   for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
     const T g = v.g[i];
@@ -146,13 +157,11 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
       T h = v.h[i];
       old_divisor = h + epsilon;
       if (accepted) {
-        const T g_prev = v.g_prev[i];
-        T s = v.d[i];
-        if (settings.nesterov) s = Direction(g_prev, old_divisor, s, stage.scale_prev, stage.beta_prev);
-        h = HessianDiagonal(h, step * s, g - g_prev, stage.inv_shs, stage.inv_ys);
+        const T s = LastStep(settings, stage, v, step, old_divisor, i);
+        h = HessianDiagonal(h, s, g - v.g_prev[i], stage.inv_shs, stage.inv_ys);
       }
-      if (forget != 0) h = Forget(h, forget);
-      if (accepted || forget != 0) v.h[i] = h;
+      if (stage.forget != 0) h = Forget(h, stage.forget);
+      if (accepted || stage.forget != 0) v.h[i] = h;
       divisor = h + epsilon;
       divisors += T(1) / divisor;
     } else if (kPreconditioner == kRms) {
@@ -165,14 +174,14 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
     fresh += g * (g / divisor);
     if (kPreconditioner == kRms || settings.rule == kBlended) gg += g * g;
     if (settings.rule == kPolakRibiere) mid += g * (v.g_prev[i] / old_divisor);
-    if (settings.rule == kBlended) {
-      const T g_prev = v.g_prev[i];
-      gp += g * g_prev;
-      pp += g_prev * g_prev;
+    if (tests) {
+      const T s = LastStep(settings, stage, v, step, old_divisor, i);
+      new_slope += g * s;
+      old_slope += v.g_prev[i] * s;
     }
   }
-  return {{double(check), double(fresh), double(divisors), double(mid), double(gg), double(gp),
-           double(pp)}};
+  return {{double(check), double(fresh), double(divisors), double(mid), double(gg),
+           double(new_slope), double(old_slope)}};
 }
 
 template <typename T, int kPreconditioner>
@@ -194,7 +203,7 @@ __device__ Sums StepSweep(const Settings& settings, const Stage<T>& stage, const
     }
     divisor += epsilon;
     const T d = Direction(g, divisor, v.d[i], stage.scale, stage.beta);
-    const T step = settings.nesterov ? Direction(g, divisor, d, stage.scale, stage.beta) : d;
+    const T step = settings.nesterov ? Direction(g, divisor, d, stage.ahead, stage.kept) : d;
     v.d[i] = d;
     if (v.g_prev_out != nullptr) v.g_prev_out[i] = g;
     if (lars) {
@@ -224,7 +233,7 @@ __device__ void LarsSweep(const Settings& settings, const Stage<T>& stage, const
     if (settings.nesterov) {
       T h = kPreconditioner == kIdentity ? T(1) : v.h[i];
       if (kPreconditioner == kRms) h = Sqrt(h);
-      d = Direction(v.g[i], h + epsilon, d, stage.scale, stage.beta);
+      d = Direction(v.g[i], h + epsilon, d, stage.ahead, stage.kept);
     }
     v.w[i] = Weight(v.w[i], d, decay_rate, step);
   }
@@ -286,9 +295,9 @@ __global__ void __launch_bounds__(kSumThreads)
   if (kSweep == kSweepStep) {
     FinishStep(settings, real_count, total, stage, reals, counts);
   } else if (!stage->skip && kSweep == kSweepCurvature) {
-    FinishCurvature(settings, total, stage);
+    FinishCurvature(settings, reals, counts, total, stage);
   } else if (!stage->skip) {
-    FinishDirection(settings, reals, elements, total, stage);
+    FinishDirection(settings, reals, counts, elements, total, stage);
   }
 }
 

@@ -68,8 +68,7 @@ One NLCG update of all variables of a model. See nlcg_update.py for the Python i
 weights: float variables of the shapes of `gradients`.
 slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or another rule than
   Fletcher-Reeves, the previous gradients; with a preconditioner its diagonal (Hessian or second moment).
-reals: vector variable of type T: delta, step size, beta, curvature, cosine, kappa, mean of the
-  preconditioner, line search.
+reals: vector variable of type T: what the enum Real in nlcg_update.h lists.
 counts: int64 vector variable: updates, skipped, rejected, last update applied.
 trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
 curvature_sums: one variable of type T and shape (variables, 4) with BFGS and without `nesterov`,

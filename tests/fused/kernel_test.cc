@@ -44,6 +44,7 @@ template <typename T>
 struct Buffers {
   std::vector<std::vector<T>> w, d, h, g_prev, g;
   std::vector<T> ratios;
+  std::vector<T> sums;  // of BFGS, for each variable four
   std::vector<T> reals;
   std::vector<int64_t> counts;
   int offset;
@@ -58,7 +59,8 @@ struct Buffers {
       for (T& x : g_prev.back()) x = 0;
     }
     ratios.assign(sizes.size(), T(1));
-    reals.assign(8, T(0));
+    sums.assign(4 * sizes.size(), T(NAN));
+    reals.assign(nlcg::kComparedLoss + 1, T(0));
     reals[nlcg::kScale] = 1;
     counts.assign(4, 0);
   }
@@ -69,11 +71,13 @@ struct Buffers {
       nlcg::Variable<T> v;
       v.w = w[i].data() + offset;
       v.d = d[i].data() + offset;
-      v.h = settings.preconditioner ? h[i].data() + offset : nullptr;
-      v.g_prev = g_prev[i].data() + offset;
-      v.g_prev_out = adopt ? nullptr : g_prev[i].data() + offset;
+      const bool keeps_gradient = nlcg::KeepsGradient(settings);
+      v.h = settings.preconditioner != nlcg::kIdentity ? h[i].data() + offset : nullptr;
+      v.g_prev = keeps_gradient ? g_prev[i].data() + offset : nullptr;
+      v.g_prev_out = keeps_gradient && !adopt ? g_prev[i].data() + offset : nullptr;
       v.g = g[i].data() + offset;
       v.trust_ratio = settings.lars_coefficient > 0 ? &ratios[i] : nullptr;
+      v.curvature_sums = nlcg::KeepsSums(settings) ? &sums[4 * i] : nullptr;
       v.size = w[i].size() - offset;
       v.weight_decay = i % 2 ? 0.01 : 0.0;
       variables.push_back(v);
@@ -92,57 +96,104 @@ struct Buffers {
   }
 };
 
-// Section 2 of the paper, one element after another in double.
+// Section 2 of the paper and what was added to it, one element after another in double.
 template <typename T>
 void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
   const double eps = s.epsilon;
-  const bool first = b->counts[0] == 0;
+  const bool first = b->counts[0] == 0, bfgs = nlcg::UsesBfgs(s), rms = s.preconditioner == nlcg::kRms;
+  const bool scaled = s.preconditioner == nlcg::kNormalizedBfgs || rms;
+  const double scale_prev = scaled ? b->reals[nlcg::kMean] : 1, beta_prev = b->reals[nlcg::kBeta];
+  const double ahead_prev = s.nesterov ? 1 - b->reals[nlcg::kKappa] : 0;
   const size_t n = b->w.size();
-  double ys = 0, shs = 0, mid = 0, fresh = 0, gd = 0, gg = 0, dd = 0;
+  double elements = 0;
   const auto each = [&](auto body) {
     for (size_t v = 0; v < n; ++v) {
       for (size_t i = b->offset; i < b->w[v].size(); ++i) body(v, i);
     }
   };
+  const auto divisor = [&](size_t v, size_t i) {
+    return rms ? std::sqrt(double(b->h[v][i])) + eps : bfgs ? b->h[v][i] + eps : 1 + eps;
+  };
+  const auto last_step = [&](size_t v, size_t i) {
+    const double d = b->d[v][i], z = -scale_prev * b->g_prev[v][i] / divisor(v, i);
+    return b->reals[nlcg::kStepSize] * b->ratios[v] * (d + ahead_prev * (z + beta_prev * d - d));
+  };
+  double ys = 0, shs = 0, mid = 0, fresh = 0, squares = 0, inverses = 0;
+  double gd = 0, gg = 0, slope = 0, old_slope = 0, dd = 0;
   each([&](size_t v, size_t i) {
-    const double g = b->g[v][i], p = b->g_prev[v][i], h = b->h[v][i];
-    const double step = b->reals[nlcg::kStepSize] * b->ratios[v] * b->d[v][i];
+    const double g = b->g[v][i], p = b->g_prev[v][i], step = last_step(v, i);
     ys += (g - p) * step;
-    shs += step * h * step;
-    mid += g * p / (h + eps);
+    shs += step * b->h[v][i] * step;
+    mid += g * p / divisor(v, i);
+    gg += g * g;
+    slope += g * step;
+    old_slope += p * step;
+    elements += 1;
   });
-  const bool accepted = s.preconditioner && !first && ys > eps && shs > eps;
+  T* reals = b->reals.data();
+  double kappa = 0, factor = 1;
+  if (s.rule == nlcg::kBlended) {
+    const double error = (loss - reals[nlcg::kTestedLoss] - (slope + old_slope) / 2) / loss;
+    if (!first) {
+      const double old = b->counts[0] > 1 ? 0.9 : 0;
+      const double left = std::fmax(std::abs(error) - 1e-6, 0);
+      const double foretold = (std::abs(slope) + std::abs(old_slope)) / 2 / std::abs(loss);
+      reals[nlcg::kLeftOver] = T(old * reals[nlcg::kLeftOver] + (1 - old) * left);
+      reals[nlcg::kForetold] = T(old * reals[nlcg::kForetold] + (1 - old) * foretold);
+      if (reals[nlcg::kForetold] > 0) {
+        kappa = 1 - double(reals[nlcg::kLeftOver]) / reals[nlcg::kForetold];
+      }
+      kappa = std::fmin(std::fmax(kappa, 0), 1);
+    }
+    reals[nlcg::kTestedLoss] = T(loss);
+    if (first) reals[nlcg::kMeanSquare] = reals[nlcg::kFirstSquare] = T(gg);
+    if (!first) reals[nlcg::kMeanSquare] = T(0.99 * reals[nlcg::kMeanSquare] + 0.01 * gg);
+    if (gg > 0) {
+      factor = std::pow(reals[nlcg::kFirstSquare] / reals[nlcg::kMeanSquare], (1 - kappa) / 2);
+    }
+  }
+  const bool accepted = bfgs && !first && ys > 1e-30 && shs > 1e-30;
   each([&](size_t v, size_t i) {
-    const double g = b->g[v][i], y = g - b->g_prev[v][i];
+    const double g = b->g[v][i], y = g - b->g_prev[v][i], step = last_step(v, i);
     double h = b->h[v][i];
-    const double step = b->reals[nlcg::kStepSize] * b->ratios[v] * b->d[v][i];
-    if (accepted) h = std::abs(h - h * step * h * step / (shs + eps) + y * y / (ys + eps));
+    if (accepted) h = std::abs(h - h * step * h * step / shs + y * y / ys);
+    if (bfgs) h += (1 - s.decay) * (1 - kappa) * (1 - h);
+    if (rms) h = s.decay * h + (1 - s.decay) * g * g;
     b->h[v][i] = T(h);
-    fresh += g * g / (h + eps);
+    fresh += g * g / divisor(v, i);
+    squares += g / divisor(v, i) * g / divisor(v, i);
+    inverses += 1 / divisor(v, i);
   });
-  double beta = (fresh - (s.rule == nlcg::kPolakRibiere ? mid : 0)) / (b->reals[nlcg::kDelta] + eps);
-  beta = first ? 0 : std::fmin(std::fmax(beta, 0), 1);
-  double scale = b->reals[nlcg::kScale];
+  double mean = bfgs && elements > 0 ? elements / inverses : 1;
+  if (rms) mean = squares > 0 ? std::sqrt(gg / squares) : 0;
+  const double scale = scaled ? mean : 1;
+  const double top = scale * fresh - (s.rule == nlcg::kPolakRibiere ? scale_prev * mid : 0);
+  double beta = std::fmin(std::fmax(top / (b->reals[nlcg::kDelta] + 1e-30), 0), 1);
+  if (s.rule == nlcg::kBlended) beta = kappa * beta + (1 - kappa) * s.momentum;
+  if (first) beta = 0;
+  double search = b->reals[nlcg::kScale];
   if (s.line_search == nlcg::kOnline) {
     const double previous = b->reals[nlcg::kLoss];
     if (!first && loss > previous + s.decrease_threshold * std::abs(previous)) {
-      scale = std::fmax(scale * s.decrease_factor, s.minimum_scale);
+      search = std::fmax(search * s.decrease_factor, s.minimum_scale);
     } else if (!first && loss < previous + s.increase_threshold * std::abs(previous)) {
-      scale = std::fmin(scale * s.increase_factor, 1);
+      search = std::fmin(search * s.increase_factor, 1);
     }
-    b->reals[nlcg::kScale] = T(scale);
+    b->reals[nlcg::kScale] = T(search);
     b->reals[nlcg::kLoss] = T(loss);
   }
-  const double alpha = rate * (s.line_search == nlcg::kNoLineSearch ? 1 : scale);
+  const double alpha = factor * rate * (s.line_search == nlcg::kNoLineSearch ? 1 : search);
+  const double ahead = s.nesterov ? 1 - kappa : 0;
   for (size_t v = 0; v < n; ++v) {
     double ww = 0, norm = 0;
+    std::vector<double> steps(b->w[v].size());
     for (size_t i = b->offset; i < b->w[v].size(); ++i) {
-      const double d = beta * b->d[v][i] - b->g[v][i] / (b->h[v][i] + eps);
+      const double z = -scale * b->g[v][i] / divisor(v, i), d = beta * b->d[v][i] + z;
+      steps[i] = d + ahead * (z + beta * d - d);
       b->d[v][i] = T(d);
-      gd += b->g[v][i] * d;
-      gg += double(b->g[v][i]) * b->g[v][i];
-      dd += d * d;
-      norm += d * d;
+      gd += b->g[v][i] * steps[i];
+      dd += steps[i] * steps[i];
+      norm += steps[i] * steps[i];
       ww += double(b->w[v][i]) * b->w[v][i];
     }
     if (s.lars_coefficient > 0) {
@@ -150,17 +201,19 @@ void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
     }
     for (size_t i = b->offset; i < b->w[v].size(); ++i) {
       const double w = b->w[v][i], decay = v % 2 ? 0.01 : 0.0;
-      b->w[v][i] = T(w - w * decay * rate + alpha * b->ratios[v] * b->d[v][i]);
-      b->g_prev[v][i] = b->g[v][i];
+      b->w[v][i] = T(w - w * decay * rate + alpha * b->ratios[v] * steps[i]);
+      if (nlcg::KeepsGradient(s)) b->g_prev[v][i] = b->g[v][i];
     }
   }
-  b->reals[nlcg::kDelta] = T(fresh);
+  b->reals[nlcg::kDelta] = T(scale * fresh);
   b->reals[nlcg::kStepSize] = T(alpha);
   b->reals[nlcg::kBeta] = T(beta);
-  b->reals[nlcg::kCurvature] = s.preconditioner ? T(ys) : T(0);
+  b->reals[nlcg::kCurvature] = bfgs ? T(ys) : T(0);
   b->reals[nlcg::kCosine] = gg > 0 && dd > 0 ? T(-gd / std::sqrt(gg) / std::sqrt(dd)) : T(0);
+  b->reals[nlcg::kKappa] = T(kappa);
+  b->reals[nlcg::kMean] = T(mean);
   b->counts[nlcg::kUpdates] += 1;
-  b->counts[nlcg::kRejected] += s.preconditioner && !first && !accepted;
+  b->counts[nlcg::kRejected] += bfgs && !first && !accepted;
   b->counts[nlcg::kLastApplied] = 1;
 }
 
@@ -201,16 +254,20 @@ void Run(const Settings& settings, const std::vector<int64_t>& sizes, int offset
       const bool done = nlcg::UpdateOnCpu<T>(settings, b.Variables(settings, adopt), T(rate), T(loss),
                                              b.reals.data(), b.counts.data(), Threads(threads[i]));
       CHECK(done);
-      for (size_t v = 0; adopt && v < sizes.size(); ++v) {
+      for (size_t v = 0; adopt && nlcg::KeepsGradient(settings) && v < sizes.size(); ++v) {
         std::copy(b.g[v].begin() + offset, b.g[v].end(), b.g_prev[v].begin() + offset);
       }
     }
     Reference(settings, &expected, rate, loss);
     CHECK(actual[0].All() == actual[1].All());  // the same bits for any number of threads
     CHECK(actual[0].All() == actual[2].All());
+    for (int i = 1; i < 3; ++i) {
+      const size_t bytes = actual[0].sums.size() * sizeof(T);
+      CHECK(std::memcmp(actual[0].sums.data(), actual[i].sums.data(), bytes) == 0);
+    }
     const std::vector<T> a = actual[0].All(), e = expected.All();
     double difference = 0, norm = 0;
-    for (size_t i = 8; i < a.size(); ++i) {
+    for (size_t i = expected.reals.size(); i < a.size(); ++i) {
       difference += (a[i] - e[i]) * (a[i] - e[i]);
       norm += double(e[i]) * e[i];
     }
@@ -221,7 +278,7 @@ void Run(const Settings& settings, const std::vector<int64_t>& sizes, int offset
   Buffers<T>& b = actual[0];
   for (double bad : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
     for (int where = 0; where < 2; ++where) {
-      if (where == 1 && settings.line_search == nlcg::kNoLineSearch) continue;
+      if (where == 1 && !nlcg::UsesLoss(settings)) continue;
       size_t v = 0;
       while (v < sizes.size() && sizes[v] == 0) ++v;
       if (v == sizes.size()) continue;
@@ -257,14 +314,18 @@ void RunAll() {
   const std::vector<std::vector<int64_t>> shapes = {
       {0}, {1}, {63, 64, 65}, {0, 7, 0, 16384, 1}, {16385, 3, 33000}, {100003}};
 #endif
-  for (int preconditioner = 0; preconditioner < 2; ++preconditioner) {
-    for (int rule : {nlcg::kFletcherReeves, nlcg::kPolakRibiere}) {
-      for (double lars : {0.0, 0.02}) {
-        for (int line_search : {nlcg::kNoLineSearch, nlcg::kOnline}) {
+  settings.momentum = 0.9;
+  int number = 0;
+  for (int preconditioner : {nlcg::kIdentity, nlcg::kBfgs, nlcg::kNormalizedBfgs, nlcg::kRms}) {
+    for (int rule : {nlcg::kFletcherReeves, nlcg::kPolakRibiere, nlcg::kBlended}) {
+      for (bool nesterov : {false, true}) {
+        for (double lars : {0.0, 0.02}) {
           settings.preconditioner = preconditioner;
+          settings.decay = preconditioner == nlcg::kBfgs ? 1 : 0.99;
           settings.rule = rule;
+          settings.nesterov = nesterov;
           settings.lars_coefficient = lars;
-          settings.line_search = line_search;
+          settings.line_search = number++ % 2 ? nlcg::kOnline : nlcg::kNoLineSearch;
           for (const auto& sizes : shapes) {
             for (int offset : {0, 1}) Run<T>(settings, sizes, offset, offset == 1);
           }
@@ -306,13 +367,14 @@ struct LongArray {
 
 void RunLarge() {
   Settings settings = {};
-  settings.preconditioner = true;
+  settings.preconditioner = nlcg::kBfgs;
   settings.rule = nlcg::kPolakRibiere;
   settings.epsilon = 1e-8;
+  settings.decay = 1;
   LongArray w, d, h, g_prev, g;
   std::fill(h.p, h.p + LongArray::kBlock, 1.0f);
   Buffers<float> small({LongArray::kBlock}, 0);
-  float reals[8] = {};
+  float reals[nlcg::kComparedLoss + 1] = {}, sums[4] = {NAN};
   int64_t counts[4] = {};
   for (int update = 0; update < 3; ++update) {
     for (int64_t i = 0; i < LongArray::kBlock; ++i) {
@@ -323,7 +385,7 @@ void RunLarge() {
       small.g[0][i] = g.Last()[i] = small.w[0][i] * (1 + i % 3) + 0.1f * float(Random());
     }
     const nlcg::Variable<float> v = {w.p,   d.p, h.p,     g_prev.p,         g_prev.p,
-                                     g.p,   nullptr, LongArray::kSize, 0.0};
+                                     g.p,   nullptr, sums, LongArray::kSize, 0.0};
     CHECK(nlcg::UpdateOnCpu<float>(settings, {v}, 0.05f, 1, reals, counts, Threads(2)));
     CHECK(nlcg::UpdateOnCpu<float>(settings, small.Variables(settings, false), 0.05f, 1,
                                    small.reals.data(), small.counts.data(), Threads(2)));
