@@ -138,7 +138,7 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         assign(variables["trust_ratios"], ops.stack(rows))
     if "curvature_sums" in variables:  # not kept here, and thereby said to be unknown
         sums = variables["curvature_sums"]
-        assign(sums, ops.full(sums.shape, float("nan"), sums.dtype))
+        assign(sums, ops.full(sums.shape, -1.0, sums.dtype))
     assign(variables["reals"], ops.stack([new[name] for name in optimizer.real_names]))
     rejected = applied & ops.logical_not(first | accepted)
     changes = [applied, ops.logical_not(applied), rejected]

@@ -150,7 +150,9 @@ class StepLineSearch(Configurable):
         due = (updates % self.period == 0) & ops.logical_not(first)
         scale = state["learning_rate_scale"]
         return {
-            "learning_rate_scale": ops.where(due, _bounded(scale * factor, self.minimum_scale), scale),
+            "learning_rate_scale": ops.where(
+                due, _bounded(scale * factor, self.minimum_scale), scale
+            ),
             "average_loss": average,
             "compared_loss": ops.where(due, average, compared),
         }

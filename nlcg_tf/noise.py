@@ -4,9 +4,9 @@ Between the weights w - s and w the loss of one and the same batch changes by
 
     f - f_prev = (g + g_prev)^T s / 2 + O(|s|^3),
 
-exactly so where it is quadratic, however badly conditioned. Losses and gradients of two mini-batches
-differ by the noise of sampling besides, most often by many times as much. What is left over, beside
-what the gradients foretold, so tells how far they can be trusted.
+exactly so where it is quadratic, however badly conditioned. Losses and gradients of two
+mini-batches differ by the noise of sampling besides, most often by many times as much. What is left
+over, beside what the gradients foretold, so tells how far they can be trusted.
 """
 
 from keras import ops

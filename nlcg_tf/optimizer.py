@@ -20,26 +20,35 @@ logger = logging.getLogger("nlcg_tf")
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 class NLCG(CountsUpdates, keras.optimizers.Optimizer):
-    """Preconditioned nonlinear conjugate gradients with an online stochastic line search.
+    """Preconditioned nonlinear conjugate gradients for mini-batches of any size.
 
     The whole weight vector w (all trainable variables together) moves along a conjugate direction d
-    of the preconditioned gradient (Algorithm 1 of the paper). One update with gradient g:
+    of the preconditioned gradient. One update with gradient g:
 
-        y = g - g_prev,  s = alpha_prev d                      the last step and what it changed
-        h = |h - (h s)^2 / (s^T h s) + y^2 / (y^T s)|          diagonal BFGS, if y^T s > epsilon
-        z = -g / (h + epsilon),  delta_new = -g^T z
-        beta = delta_new / delta                               Fletcher-Reeves
-        beta = (delta_new + z_prev^T g) / delta                Polak-Ribiere
+        z = -P g,  delta_new = -g^T z                          see `nlcg_tf.preconditioner`
+        beta = delta_new / delta                               "fletcher_reeves"
+        beta = (delta_new + z_prev^T g) / delta                "polak_ribiere"
         d = z + clip(beta, 0, 1) d,  delta = delta_new
-        alpha = learning_rate * learning_rate_scale            the scale follows the loss
+        alpha = learning_rate * learning_rate_scale            see `nlcg_tf.line_search`
         w = w + alpha d
 
-    The absolute value and the guard on y^T s come from the authors' released code. State: three
-    slots of the shape of each variable (12 bytes a float32 parameter) and a few scalars.
+    With `preconditioner="bfgs"` and `line_search="online"` that is Algorithm 1 of the paper. For
+    mini-batches whose gradients are noisy there is `update_rule="blended"`: kappa in [0, 1] tells
+    how far the last change of the loss was what the gradients foretold (`nlcg_tf.noise`), and
+
+        beta = kappa clip(delta_new / delta, 0, 1) + (1 - kappa) momentum
+        alpha = alpha (||g_first|| / ||g||)^(1 - kappa)        ||g||^2 a running mean
+
+    and, with `nesterov`, the step is d + (1 - kappa) (z + beta d - d), where the other rules have
+    kappa = 0. So full batches get conjugate gradients and noisy ones momentum.
+
+    State: slots of the shape of each variable, 4 bytes a float32 parameter each: d; the
+    preconditioner's; and the gradient before, unless the rule is Fletcher-Reeves and the
+    preconditioner `"rms"` or `None`. And some scalars.
 
     >>> model.compile(optimizer=nlcg_tf.NLCG(learning_rate=0.1), loss="mse")
 
-    A custom loop tells the loss to the line search:
+    A custom loop tells it the loss:
 
     >>> with tf.GradientTape() as tape:
     ...     loss = loss_fn(model(x, training=True), y)
@@ -54,24 +63,28 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
     Args:
         learning_rate: float, a `LearningRateSchedule` (a step is an update), or a callable. The
             largest step size; the line search scales it down.
-        update_rule: `"fletcher_reeves"` or `"polak_ribiere"`.
-        preconditioner: `"bfgs"`, or `None` for h = 1.
-        line_search: `"online"` (the paper's), `"step"` (the released code's default), `None`, or an
-            object of `nlcg_tf.line_search` with thresholds of your own.
-        epsilon: float, at least 1e-37; added to denominators, and the least trusted curvature.
+        update_rule: `"fletcher_reeves"`, `"polak_ribiere"` or `"blended"`.
+        preconditioner: `"bfgs"` (the paper's), `"normalized_bfgs"`, `"rms"`, `None` (P g = g), or
+            an object of `nlcg_tf.preconditioner` with settings of your own.
+        line_search: `"online"` (the paper's), `"step"` (the released code's default), `None`, or
+            an object of `nlcg_tf.line_search` with thresholds of your own.
+        nesterov: bool. Whether the step looks ahead along the coming direction: w + alpha (z +
+            beta d), as Keras' `SGD(nesterov=True)`.
+        momentum: float in [0, 1), beta of gradients that are nothing but noise; for `"blended"`.
+        epsilon: float, at least 1e-37; added to what gradients are divided by.
         lars_coefficient: float > 0 or `None`. If set, the step of each variable v is scaled by
             lars_coefficient * ||v|| / (||d_v|| + epsilon) (You et al. 2017), and by 1 where v is
             all zero, which would never leave zero otherwise.
         fused: `"auto"`: the fused op where it can be used, the update composed of Keras operations
             elsewhere (other backends, XLA, `tf.distribute` strategies, types other than float32 and
-            float64, an op that is not built); `True`: raise where it cannot; `False`: composed. The
-            logger "nlcg_tf" says at level DEBUG which path runs.
+            float64, objects of your own, an op that is not built); `True`: raise where it cannot;
+            `False`: composed. The logger "nlcg_tf" says at level DEBUG which path runs.
         name: string.
         **kwargs: every other argument of `keras.optimizers.Optimizer`, with its meaning.
 
     Raises:
-        ValueError: for an argument outside its range; by a training step without a loss while a
-            line search is on.
+        ValueError: for an argument outside its range; by a training step without a loss where the
+            line search or the update rule needs one.
         RuntimeError: by a training step where `fused=True` cannot be met.
     """
 
@@ -121,7 +134,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         self.compute_dtype = keras.backend.result_type(
             *{keras.backend.standardize_dtype(v.dtype) for v in var_list}, "float32"
         )
-        initial = self.preconditioner.initial_state() if self.preconditioner else {}
+        initial = dict(self.preconditioner.initial_state()) if self.preconditioner else {}
         if taken := {"direction", "previous_gradient"} & set(initial):
             raise ValueError(
                 f"`preconditioner` has slots of the optimizer's own name: {', '.join(taken)}. "
@@ -137,9 +150,9 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         }
         if uses_steps and not self.nesterov:
             # For each variable sum(g_prev d) and sum(d h d) of its last update, each in two parts
-            # of this type that make up a double. Only the fused op keeps them; NaN: not known.
+            # of this type that make up a double. Only the fused op keeps them; -1: not known.
             self.curvature_sums = self._add_state(
-                "curvature_sums", np.full((len(var_list), 4), np.nan), self.compute_dtype
+                "curvature_sums", np.full((len(var_list), 4), -1.0), self.compute_dtype
             )
         if self.lars_coefficient:
             self.trust_ratios = self.add_variable(
@@ -280,11 +293,13 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         """What the last update did, as Python floats.
 
         Returns:
-            dict with "beta"; "step_size" (learning rate times scale); "learning_rate_scale" (1
-            without a line search); "curvature" (y^T s); "cosine" of the angle between the direction
-            and the negative gradient; and the counts "updates", "skipped_updates" and
-            "rejected_curvatures" (updates whose y^T s was too small to be trusted). All zero before
-            the first update, but for the scale.
+            dict with "beta"; "step_size" (learning rate times scale, and with `"blended"` times the
+            factor of the gradients' length); "learning_rate_scale" (1 without a line search);
+            "curvature" (y^T s, with BFGS); "cosine" of the angle between the step and the negative
+            gradient; "kappa" (with `"blended"`); "preconditioner_mean" (the harmonic mean of h with
+            BFGS, which should stay within some powers of ten; ||g|| / ||q|| with RMS; else 1); and
+            the counts "updates", "skipped_updates" and "rejected_curvatures" (updates whose y^T s
+            was not positive). All zero before the first update, but for the scale.
         """
         shown = (*REALS[1:7], "learning_rate_scale", *COUNTS[:3])
         values = dict.fromkeys(shown, 0.0) | {"learning_rate_scale": 1.0}
@@ -336,7 +351,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         if "layout" not in store.keys():
             raise ValueError(
                 f"The saved state of optimizer '{self.name}' does not say which settings it "
-                "belongs to: it is of nlcg_tf 0.1.0, or of another optimizer."
+                "belongs to: an older version of nlcg_tf saved it, or another optimizer."
             )
         layout, own = json.loads(np.asarray(store["layout"]).tobytes()), self._layout()
         other = [

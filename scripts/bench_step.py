@@ -1,7 +1,7 @@
 """Times a whole training step: `python -m scripts.bench_step --json=out.json`.
 
-NLCG with the fused op and composed beside Keras' SGD with momentum: forward, backward, update; in
-turn, in one process, on random images.
+Forms of NLCG with the fused op, and one composed, beside Keras' SGD with momentum: forward,
+backward, update; in turn, in one process, on random images.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import nlcg_tf
+from scripts.bench_update import FORMS, nlcg
 from scripts.benchmarks import interleaved, machine, ratio, show_ratio, write_json
 from trainers.models import cifar_resnet
 
@@ -22,8 +22,8 @@ CASES = {
     "resnet50": (lambda: keras.applications.ResNet50(weights=None), 16, 224, 1000),
 }
 OPTIMIZERS = {
-    "fused": lambda: nlcg_tf.NLCG(1e-4, fused=True),
-    "composed": lambda: nlcg_tf.NLCG(1e-4, fused=False),
+    **{name: lambda s=settings: nlcg(**s) for name, (settings, *_) in FORMS.items()},
+    "composed": lambda: nlcg(fused=False, preconditioner="bfgs"),
     "momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
 }
 
@@ -47,13 +47,14 @@ def bench(name, repeats):
     result = {
         "batch": batch,
         "milliseconds": {key: 1e3 * np.median(values) for key, values in seconds.items()},
-        "fused_over_momentum": ratio(seconds, "fused", "momentum"),
-        "composed_over_momentum": ratio(seconds, "composed", "momentum"),
+        "over_momentum": {
+            form: ratio(seconds, form, "momentum") for form in OPTIMIZERS if form != "momentum"
+        },
     }
     print(f"{name}, batch {batch}, {size}x{size}, {repeats} rounds")
     print("  median ms: " + ", ".join(f"{k} {v:.1f}" for k, v in result["milliseconds"].items()))
-    show_ratio("fused NLCG / momentum", result["fused_over_momentum"])
-    show_ratio("composed NLCG / momentum", result["composed_over_momentum"])
+    for form, value in result["over_momentum"].items():
+        show_ratio(f"{form} / momentum", value)
     return result
 
 

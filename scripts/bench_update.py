@@ -37,7 +37,7 @@ FORMS = {
     "rms": ({"preconditioner": "rms"}, 6, 3),
     "rms, blended, nesterov": (
         {"preconditioner": "rms", "update_rule": "blended", "nesterov": True},
-        7,
+        8,
         4,
     ),
 }
@@ -72,8 +72,13 @@ def update_call(make, shapes, gradients):
     variables = [keras.Variable(rng.normal(size=s, scale=0.05).astype("float32")) for s in shapes]
     optimizer = make()
     optimizer.build(variables)
+
     # In a training step gradients are tensors of the graph, not arguments that Python checks.
-    step = tf.function(lambda: optimizer.apply([g.read_value() for g in gradients], variables))
+    @tf.function
+    def step():
+        if isinstance(optimizer, nlcg_tf.NLCG):
+            optimizer.observe_loss(1.0)
+        optimizer.apply([g.read_value() for g in gradients], variables)
 
     def call():
         step()

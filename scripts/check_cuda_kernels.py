@@ -6,7 +6,7 @@
 Builds the kernels as a plain library; compares weights, scalars, counts and LARS factors with the
 float64 oracle of the tests after each update, for the rules, types, sizes and settings listed
 below; feeds values that are not finite in between; repeats an update 100 times and compares the
-bits; times an update of 100 million elements beside a device copy of as many bytes and, with
+bits; times updates of 100 million elements beside a device copy of as many bytes and, with
 PyTorch, its fused Adam.
 
 `--emulate` builds the same source for tests/fused/cuda_emulation.h: fewer elements, no times.
@@ -64,6 +64,13 @@ VARIANTS = [
     Variant("normalized_bfgs", lars=1.0, decay=0.5),
     Variant("rms"),
     Variant("rms", nesterov=True, lars=1.0, decay=0.5),
+]
+# Rule, variant, transfers of the parameter vector (nlcg_update.h).
+TIMED = [
+    ("fletcher_reeves", Variant(), 14),
+    ("blended", Variant("normalized_bfgs", nesterov=True), 16),
+    ("fletcher_reeves", Variant("rms"), 9),
+    ("blended", Variant("rms", nesterov=True), 12),
 ]
 # Sizes, updates, types, variants. More than 46 variables take several launches to fill the kernels'
 # table. The last of each list have more chunks than there are threads to add them up.
@@ -243,7 +250,7 @@ class Problem:
         )
         initial = 0 if variant.preconditioner == "rms" else 1
         self.h = [device.put(np.full(n, initial, dtype)) for n in sizes]
-        self.sums = device.put(np.full(4 * len(sizes), np.nan, dtype))
+        self.sums = device.put(np.full(4 * len(sizes), -1, dtype))
         self.ratios = device.put(np.ones(len(sizes), dtype))
         searched = [1, 0, 0][: [0, 2, 3][LINE_SEARCHES.index(variant.line_search)]]
         self.reals = device.put(np.array([*[0] * len(REALS), *searched], dtype))
@@ -309,9 +316,7 @@ def check(device, library, sizes, updates, dtype, rule, variant):
     problem = Problem(device, library, sizes, dtype, rule, variant)
     start = np.concatenate(problem.start).astype(np.float64)
     settings = (rule, variant.preconditioner, variant.line_search)
-    oracle = Oracle(
-        start, sizes, *settings, lars=variant.lars or None, nesterov=variant.nesterov
-    )
+    oracle = Oracle(start, sizes, *settings, lars=variant.lars or None, nesterov=variant.nesterov)
     decays = np.repeat(problem.decays, sizes)
     rng = np.random.default_rng(1)
     scale = rng.uniform(0.5, 2, size=len(start))
@@ -377,12 +382,12 @@ def count_launches(device, library, lars):
     return launches.value - before
 
 
-def times(device, library):
+def times(device, library, rule, variant, transfers):
     """Milliseconds of an update of 100 million floats, and of what it is compared with."""
     size = 100_000_000
-    problem = Problem(device, library, [size], "float32", "fletcher_reeves", Variant())
+    problem = Problem(device, library, [size], "float32", rule, variant)
     problem.set(np.full(size, 0.01), 1e-4, 1.0)
-    target, source = (device.put(np.zeros(size * TRANSFERS // 2, np.float32)) for _ in range(2))
+    target, source = (device.put(np.zeros(size * transfers // 2, np.float32)) for _ in range(2))
 
     def copy():
         target[...] = source
@@ -412,12 +417,14 @@ def times(device, library):
 
 
 def show_times(device, library):
-    size, found = times(device, library)
-    moved = TRANSFERS * 4 * size
-    for name, milliseconds in found.items():
-        low, median, high = np.percentile(milliseconds, [0, 50, 100])
-        share = f"{moved / median / 1e6:,.0f} GB/s" if "Adam" not in name else ""
-        print(f"{size:,} floats: {name:<30} {median:.3f} ms ({low:.3f} to {high:.3f}) {share}")
+    for rule, variant, transfers in TIMED:
+        size, found = times(device, library, rule, variant, transfers)
+        moved = transfers * 4 * size
+        print(f"{size:,} floats, {variant.preconditioner}, {rule}, nesterov={variant.nesterov}")
+        for name, milliseconds in found.items():
+            low, median, high = np.percentile(milliseconds, [0, 50, 100])
+            share = f"{moved / median / 1e6:,.0f} GB/s" if "Adam" not in name else ""
+            print(f"  {name:<30} {median:.3f} ms ({low:.3f} to {high:.3f}) {share}")
 
 
 def gpu():
@@ -453,7 +460,8 @@ def main():
         for dtype, rule, variant in itertools.product(types, RULES, variants):
             name = str(sizes) if len(sizes) < 9 else f"{len(sizes)} x {sizes[0]}"
             name = f"{name:<28} {dtype:<8} {rule:<16} {variant.preconditioner!s:<16} "
-            name += f"{variant.nesterov!s:<8} {variant.line_search!s:<12} {variant.lars:<4} {variant.decay:<5}  "
+            name += f"{variant.nesterov!s:<8} {variant.line_search!s:<12} "
+            name += f"{variant.lars:<4} {variant.decay:<5}  "
             try:
                 update, scalars = check(device, library, sizes, updates, dtype, rule, variant)
             except AssertionError as error:

@@ -7,17 +7,15 @@ import numpy as np
 POINTS = 50  # of a curve, besides the one before the first update
 SEARCH_SEEDS = (0, 1)
 TOLERANCE = 1.1  # final losses up to this times the best count as good
-# Label, colour of Okabe and Ito (for colour-blind readers), line, marker. Among NLCG's variants the
-# colour tells preconditioner and line search, the line Fletcher-Reeves from Polak-Ribiere.
+# Label, colour of Okabe and Ito (for colour-blind readers), line, marker.
 STYLES = {
-    "nlcg-fr": ("NLCG-FR", "#0072B2", "-", "o"),
-    "nlcg-fr-nosearch": ("NLCG-FR, no line search", "#56B4E9", "-", "s"),
-    "nlcg-fr-noprec": ("NLCG-FR, h = 1", "#D55E00", "-", "^"),
-    "nlcg-fr-noprec-nosearch": ("NLCG-FR, h = 1, no line search", "#E69F00", "-", "v"),
-    "nlcg-pr": ("NLCG-PR", "#0072B2", "--", "o"),
-    "nlcg-pr-nosearch": ("NLCG-PR, no line search", "#56B4E9", "--", "s"),
-    "nlcg-pr-noprec": ("NLCG-PR, h = 1", "#D55E00", "--", "^"),
-    "nlcg-pr-noprec-nosearch": ("NLCG-PR, h = 1, no line search", "#E69F00", "--", "v"),
+    "nlcg": ("NLCG", "#D55E00", "-", "o"),
+    "nlcg-rms": ("NLCG, RMS", "#E69F00", "-", "s"),
+    "nlcg-noprec": ("NLCG, no preconditioner", "#E69F00", "--", "^"),
+    "nlcg-fr": ("NLCG-FR, as published", "#0072B2", "-", "o"),
+    "nlcg-fr-noprec": ("NLCG-FR, h = 1", "#56B4E9", "-", "^"),
+    "nlcg-pr": ("NLCG-PR, as published", "#0072B2", "--", "o"),
+    "nlcg-pr-noprec": ("NLCG-PR, h = 1", "#56B4E9", "--", "^"),
     "momentum": ("Momentum", "black", "-", "D"),
     "nesterov": ("Nesterov", "#888888", "-.", "P"),
     "adam": ("Adam", "#009E73", "-", "X"),

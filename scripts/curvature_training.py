@@ -23,14 +23,24 @@ def make_training(problem, optimizer, updates):
 
 def make_optimizer(name):
     """The trainers' optimizer by its name in `STYLES`; the rate is set later."""
-    kind, *without = name.split("-")
-    return optimizers.make_optimizer(
-        kind,
-        0.01,
-        update_rule="polak_ribiere" if "pr" in without else "fletcher_reeves",
-        preconditioner=None if "noprec" in without else "bfgs",
-        line_search=None if "nosearch" in without else "online",
-    )
+    kind, *words = name.split("-")
+    arguments = {
+        "update_rule": "blended",
+        "preconditioner": "normalized_bfgs",
+        "line_search": None,
+        "nesterov": True,
+    }
+    if {"fr", "pr"} & set(words):
+        arguments = {
+            "update_rule": "fletcher_reeves" if "fr" in words else "polak_ribiere",
+            "preconditioner": "bfgs",
+            "line_search": "online",
+        }
+    if "noprec" in words:
+        arguments["preconditioner"] = None
+    if "rms" in words:
+        arguments["preconditioner"] = "rms"
+    return optimizers.make_optimizer(kind, 0.01, **arguments)
 
 
 class Training:
@@ -74,7 +84,7 @@ class KerasTraining(Training):
         if not hasattr(self.optimizer, "diagnostics"):
             return {}
         figures = self.optimizer.diagnostics()
-        if self.optimizer.preconditioner:
+        if "hessian_diagonal" in self.optimizer.slots:
             h = [np.ravel(slot.numpy()) for slot in self.optimizer.slots["hessian_diagonal"]]
             figures["median_h"] = float(np.median(np.concatenate(h)))
         return figures

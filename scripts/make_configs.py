@@ -6,9 +6,10 @@ One flagfile for each point of the paper's figures.
 import pathlib
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+NLCG = ["--optimizer=nlcg", "--preconditioner=bfgs", "--nonesterov"]
 OPTIMIZERS = {
-    "nlcg_fr": ("NLCG, Fletcher-Reeves", ["--optimizer=nlcg", "--update_rule=fletcher_reeves"]),
-    "nlcg_pr": ("NLCG, Polak-Ribiere", ["--optimizer=nlcg", "--update_rule=polak_ribiere"]),
+    "nlcg_fr": ("NLCG, Fletcher-Reeves", [*NLCG, "--update_rule=fletcher_reeves"]),
+    "nlcg_pr": ("NLCG, Polak-Ribiere", [*NLCG, "--update_rule=polak_ribiere"]),
     "momentum": ("Momentum 0.9", ["--optimizer=momentum"]),
     "rmsprop": ("RMSProp, decay 0.9, momentum 0.9, epsilon 1.0", ["--optimizer=rmsprop"]),
     "sgd": ("SGD", ["--optimizer=sgd"]),

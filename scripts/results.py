@@ -16,6 +16,7 @@ STATUSES = ("finished", "diverged", "failed", "unfinished")
 OPTIMIZERS = {
     "nlcg": ("NLCG-FR", {"optimizer": "nlcg", "update_rule": "fletcher_reeves"}),
     "nlcg_pr": ("NLCG-PR", {"optimizer": "nlcg", "update_rule": "polak_ribiere"}),
+    "nlcg_blended": ("NLCG", {"optimizer": "nlcg", "update_rule": "blended"}),
     "momentum": ("Momentum", {"optimizer": "momentum"}),
     "nesterov": ("Nesterov", {"optimizer": "nesterov"}),
     "momentum_tf1": ("Momentum, TF1", {"optimizer": "momentum_tf1"}),
@@ -24,6 +25,8 @@ OPTIMIZERS = {
     "rmsprop": ("RMSProp", {"optimizer": "rmsprop"}),
     "sgd": ("SGD", {"optimizer": "sgd"}),
     "adam": ("Adam", {"optimizer": "adam"}),
+    "adamw": ("AdamW", {"optimizer": "adamw"}),
+    "lamb": ("Lamb", {"optimizer": "lamb"}),
 }
 SETTINGS = ["global_batch_size", "epochs", "learning_rate_factor", "seed"]
 FIGURES = ["top1", "top5", "averaged_top1", "averaged_top5", "train_top1", "loss", "test_loss"]

@@ -1,7 +1,7 @@
 """A study of optimizers where curvature matters: `python -m scripts.study_curvature --jobs=2`.
 
-Small ill-conditioned problems (curvature_problems.py); NLCG with and without preconditioner and
-line search beside Momentum, Nesterov, Adam and, where all data are in each update, L-BFGS. Each
+Small ill-conditioned problems (curvature_problems.py); NLCG with its preconditioners and as it was
+published beside Momentum, Nesterov, Adam and, where all data are in each update, L-BFGS. Each
 optimizer gets the same search: `--rates` constant learning rates with two seeds, then `--seeds`
 more seeds with the rate whose worse final loss of the two was lowest. L-BFGS has no rate.
 
@@ -42,7 +42,7 @@ UPDATES = {
 }
 FULL_BATCH = ("autoencoder", "poisson", "burgers")
 # The middle of the grid of learning rates, in half decades: 10^(middle / 2).
-MIDDLES = {"adam": -5, "nlcg-fr": -2, "nlcg-fr-nosearch": -2, "nlcg-pr": -2, "nlcg-pr-nosearch": -2}
+MIDDLES = {"adam": -5, "nlcg-fr": -2, "nlcg-pr": -2}
 MIDDLE_WITHOUT_PRECONDITIONER = -3
 
 

@@ -28,7 +28,8 @@ class Call:
         self.reals = tf.Variable(tf.zeros(14, dtype))
         self.counts = tf.Variable(tf.zeros(4, tf.int64))
         self.ratios = [tf.Variable(tf.ones(len(SHAPES), dtype))] if lars else []
-        self.sums = [tf.Variable(tf.zeros((len(SHAPES), 4), dtype))] if bfgs and not nesterov else []
+        keeps_sums = bfgs and not nesterov
+        self.sums = [tf.Variable(tf.zeros((len(SHAPES), 4), dtype))] if keeps_sums else []
         self.variables = [*self.weights, *self.slots, self.reals, self.counts]
         self.variables += [*self.ratios, *self.sums]
         self.arguments = {
@@ -142,9 +143,7 @@ SPOILERS = {
     "ratios without a coefficient": _set(
         "trust_ratios", lambda call: [call.keep(tf.Variable(tf.ones(4)))]
     ),
-    "a coefficient without ratios": _set(
-        "settings", _settings(lars=0.1)
-    ),
+    "a coefficient without ratios": _set("settings", _settings(lars=0.1)),
     "BFGS without sums": _set("curvature_sums", []),
     "two variables of sums": _set(
         "curvature_sums",

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 SCRIPT = """
+import itertools
 import sys
 import numpy as np
 import keras
@@ -19,11 +20,23 @@ assert trainers.models.cifar_resnet(8, (8, 8, 1), 10).count_params() > 0
 rng = np.random.default_rng(0)
 x = rng.normal(size=(64, 5)).astype("float32")
 y = x @ rng.normal(size=(5, 1)).astype("float32")
-for steps in (None, 2):
+forms = [
+    {"update_rule": "polak_ribiere"},
+    {"update_rule": "blended", "preconditioner": "normalized_bfgs", "nesterov": True},
+    {"update_rule": "blended", "preconditioner": "rms", "line_search": None},
+]
+for steps, form in itertools.product((None, 2), forms):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1, use_bias=False)])
-    optimizer = nlcg_tf.NLCG(0.05, "polak_ribiere", gradient_accumulation_steps=steps)
+    optimizer = nlcg_tf.NLCG(0.05, **form, gradient_accumulation_steps=steps)
     w = np.array(model.layers[0].kernel, np.float64).ravel()
-    oracle = Oracle(w, [5], "polak_ribiere", "bfgs", "online")
+    oracle = Oracle(
+        w,
+        [5],
+        form["update_rule"],
+        form.get("preconditioner", "bfgs"),
+        form.get("line_search", "online"),
+        nesterov=form.get("nesterov", False),
+    )
     model.compile(optimizer=optimizer, loss="mse")
     size = 16 // (steps or 1)
     model.fit(x, y, batch_size=size, epochs=3, shuffle=False, verbose=0)

@@ -136,11 +136,11 @@ def test_a_saved_state_of_other_settings_is_an_error(saved, wanted, words, tmp_p
     }
 
 
-def test_a_saved_state_of_the_first_version_is_an_error():
+def test_a_saved_state_without_its_settings_is_an_error():
     model = compiled_model({})
     train(model, 0, 2)
     store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
-    with pytest.raises(ValueError, match=r"nlcg_tf 0\.1\.0"):
+    with pytest.raises(ValueError, match="older version"):
         model.optimizer.load_own_variables(store)
 
 

@@ -15,6 +15,15 @@ from problems import (
 from nlcg_tf import NLCG
 
 BATCH, UPDATES = 16, 8
+# The paper's two rules; and the form for noisy gradients, with each preconditioner that it is for.
+BLENDED = {"update_rule": "blended", "line_search": None, "nesterov": True}
+FORMS = [
+    {},
+    {"update_rule": "polak_ribiere"},
+    {**BLENDED, "preconditioner": "normalized_bfgs"},
+    {**BLENDED, "preconditioner": "rms"},
+]
+FORM_IDS = ["fletcher_reeves", "polak_ribiere", "blended_bfgs", "blended_rms"]
 
 
 def weights_of(model):
@@ -42,10 +51,10 @@ def fit(model, optimizer, x, y, batch=BATCH, updates=UPDATES, **arguments):
     [{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 4}],
     ids=lambda arguments: next(iter(arguments), "default"),
 )
-@pytest.mark.parametrize("rule", ["fletcher_reeves", "polak_ribiere"])
-def test_fit(compile_arguments, rule):
+@pytest.mark.parametrize("form", FORMS, ids=FORM_IDS)
+def test_fit(compile_arguments, form):
     x, y = regression_data()
-    model, optimizer = regression_model(), NLCG(0.05, rule)
+    model, optimizer = regression_model(), NLCG(0.05, **form)
     oracle = follow(model, optimizer, x, y)
     fit(model, optimizer, x, y, **compile_arguments)
     assert relative_difference(weights_of(model), oracle.w) < 1e-5
@@ -53,15 +62,13 @@ def test_fit(compile_arguments, rule):
     assert optimizer.diagnostics()["learning_rate_scale"] == pytest.approx(oracle.scale)
 
 
-@pytest.mark.parametrize("line_search", ["online", "step"])
+@pytest.mark.parametrize("form", [{}, {"line_search": "step"}, FORMS[2]], ids=str)
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_virtual_batch_equals_the_real_batch(line_search, jit_compile):
+def test_a_virtual_batch_equals_the_real_batch(form, jit_compile):
     """Accumulation, line search, schedule and weight decay: k micro-batches are one batch."""
     x, y = regression_data()
     schedule = keras.optimizers.schedules.PolynomialDecay(0.05, UPDATES, 0.01)
-    optimizer = NLCG(
-        schedule, line_search=line_search, gradient_accumulation_steps=4, weight_decay=0.02
-    )
+    optimizer = NLCG(schedule, **form, gradient_accumulation_steps=4, weight_decay=0.02)
     model = regression_model()
     rates = [float(schedule(t)) for t in range(UPDATES)]
     oracle = follow(model, optimizer, x, y, rates=rates, weight_decay=0.02)
@@ -166,15 +173,16 @@ def test_loss_scaling_halves_and_skips_without_touching_nlcg():
     assert inner.diagnostics()["skipped_updates"] == 0
 
 
-def test_mirrored_strategy_equals_one_replica():
+@pytest.mark.parametrize("form", FORMS[1:3], ids=FORM_IDS[1:3])
+def test_mirrored_strategy_equals_one_replica(form):
     x, y = regression_data()
     reference_model = regression_model()
-    optimizer = NLCG(0.05, "polak_ribiere", weight_decay=0.02)
+    optimizer = NLCG(0.05, **form, weight_decay=0.02)
     oracle = follow(reference_model, optimizer, x, y, weight_decay=0.02)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         model = regression_model()
-        optimizer = NLCG(0.05, "polak_ribiere", weight_decay=0.02)
+        optimizer = NLCG(0.05, **form, weight_decay=0.02)
         model.compile(optimizer=optimizer, loss="mse")
     model.fit(x, y, batch_size=BATCH, epochs=UPDATES * BATCH // len(x), shuffle=False, verbose=0)
     assert relative_difference(weights_of(model), oracle.w) < 1e-5

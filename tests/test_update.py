@@ -10,6 +10,12 @@ from nlcg_tf import NLCG
 
 RULES = ("fletcher_reeves", "polak_ribiere", "blended")
 PRECONDITIONERS = ("bfgs", "normalized_bfgs", "rms", None)
+FORMS = [
+    (rule, preconditioner, (i + j + k) % 2 == 1)
+    for i, rule in enumerate(RULES)
+    for j, preconditioner in enumerate(PRECONDITIONERS)
+    for k in range(2)
+]
 
 
 @pytest.fixture(params=[False, True], ids=["composed", "fused"])
@@ -69,19 +75,19 @@ def check_against_oracle(optimizer, dtype, bound, **arguments):
     assert diagnostics["learning_rate_scale"] == pytest.approx(oracle.scale, rel=1e-5)
 
 
-def bound_of(dtype, rule):
-    """Polak-Ribiere's beta subtracts two close sums."""
-    return 1e-12 if dtype == "float64" else 1e-4 if rule == "polak_ribiere" else 1e-5
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_50_updates_agree_with_oracle(rule, preconditioner, nesterov, dtype, fused):
-    keras.config.set_floatx(dtype)
+@pytest.mark.parametrize("rule, preconditioner, nesterov", FORMS)
+def test_50_updates_agree_with_oracle(rule, preconditioner, nesterov, fused):
+    keras.config.set_floatx("float64")
     optimizer = NLCG(0.1, rule, preconditioner, nesterov=nesterov, fused=fused)
-    check_against_oracle(optimizer, dtype, bound_of(dtype, rule))
+    check_against_oracle(optimizer, "float64", 1e-12)
+
+
+# Every other form: each rule and preconditioner is among them, with and without look-ahead.
+@pytest.mark.parametrize("rule, preconditioner, nesterov", FORMS[::2])
+def test_50_updates_in_float32_agree_with_oracle(rule, preconditioner, nesterov, fused):
+    optimizer = NLCG(0.1, rule, preconditioner, nesterov=nesterov, fused=fused)
+    # Polak-Ribiere's beta subtracts two close sums.
+    check_against_oracle(optimizer, "float32", 1e-4 if rule == "polak_ribiere" else 1e-5)
 
 
 @pytest.mark.parametrize("line_search", ["step", None])
@@ -91,15 +97,13 @@ def test_every_line_search_agrees_with_oracle(line_search, preconditioner, fused
     check_against_oracle(optimizer, "float32", 1e-5)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("rule, preconditioner, nesterov", FORMS[1::2])
 @pytest.mark.parametrize("settings", [{"lars_coefficient": 0.02}, {"weight_decay": 0.01}])
 def test_lars_and_weight_decay_agree_with_oracle(rule, preconditioner, nesterov, settings, fused):
     keras.config.set_floatx("float64")
     optimizer = NLCG(0.1, rule, preconditioner, nesterov=nesterov, **settings, fused=fused)
     decay = settings.get("weight_decay", 0.0)
-    check_against_oracle(optimizer, "float64", 1e-12, updates=30, weight_decay=decay)
+    check_against_oracle(optimizer, "float64", 1e-12, updates=20, weight_decay=decay)
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-12)])
@@ -108,7 +112,7 @@ def test_1000_updates_do_not_drift(dtype, bound, fused_library):
     keras.config.set_floatx(dtype)
     optimizer = NLCG(0.1, "fletcher_reeves", "normalized_bfgs", fused=True)
     check_against_oracle(optimizer, dtype, bound, updates=1000)
-    assert np.isfinite(optimizer.curvature_sums.numpy()).all()
+    assert (optimizer.curvature_sums.numpy()[:, 2] >= 0).all()
 
 
 def test_the_runs_above_exercise_preconditioner_and_line_search():
@@ -129,8 +133,9 @@ def test_rejected_curvature_agrees_with_oracle(rule, rng, fused):
     oracle = make_oracle(optimizer, [variable.numpy()])
     for _ in range(40):
         gradient = rng.normal(size=30)
+        optimizer.observe_loss(1.0)
         optimizer.apply([tf.constant(gradient)], [variable])
-        oracle.update(gradient, None, 0.01)
+        oracle.update(gradient, 1.0, 0.01)
     assert relative_difference(variable.numpy(), oracle.w) < 1e-12
     assert optimizer.diagnostics()["rejected_curvatures"] == oracle.rejected
     assert 5 < oracle.rejected < 35
@@ -152,7 +157,7 @@ def test_a_variable_of_zeros_can_leave_zero_with_lars(fused):
     np.testing.assert_allclose(variable.numpy(), [-0.5, -1.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES[:2])
 def test_linear_cg_solves_a_quadratic_in_n_steps(rule):
     """With h = 1 and exact steps NLCG is linear CG: at most n steps, conjugate directions."""
     keras.config.set_floatx("float64")
@@ -290,3 +295,90 @@ print(hashlib.sha256(bits).hexdigest())
         for threads in (1, 2, 8)
     }
     assert len(digests) == 1
+
+
+class SignDescent:
+    """A preconditioner of a user's own: z = -sign(g), with a count of its calls as its slot."""
+
+    uses_steps = False
+
+    def initial_state(self):
+        return {"calls": 0.0}
+
+    def update(self, state, g, y, s, kappa):
+        return {"calls": [calls + 1 for calls in state["calls"]]}, True
+
+    def apply(self, state, g, epsilon):
+        return [keras.ops.sign(g_i) for g_i in g], keras.ops.ones(())
+
+
+def test_a_preconditioner_of_ones_own_is_used():
+    """On the composed path, and without a slot for the gradient that nobody looks at."""
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = NLCG(0.1, preconditioner=SignDescent(), line_search=None)
+    for gradient in ([3.0, -5.0], [0.0, -1.0]):
+        optimizer.apply([tf.constant(gradient)], [variable])
+    # beta = 1 / 8 in the second update.
+    np.testing.assert_allclose(variable.numpy(), [0.9 - 0.1 / 8, 2.2 + 0.1 / 8], rtol=1e-6)
+    assert set(optimizer.slots) == {"calls", "direction"}
+    np.testing.assert_array_equal(optimizer.slots["calls"][0].numpy(), [2.0, 2.0])
+
+
+def test_a_slot_with_a_name_of_the_optimizer_is_refused():
+    preconditioner = SignDescent()
+    preconditioner.initial_state = lambda: {"direction": 0.0}
+    with pytest.raises(ValueError, match=r"`preconditioner`.*direction.*Received"):
+        NLCG(preconditioner=preconditioner).build([keras.Variable([1.0])])
+
+
+@pytest.mark.parametrize(
+    "rule, preconditioner, slots",
+    [
+        ("fletcher_reeves", None, 1),
+        ("fletcher_reeves", "rms", 2),
+        ("polak_ribiere", None, 2),
+        ("blended", "rms", 3),
+        ("fletcher_reeves", "normalized_bfgs", 3),
+    ],
+)
+def test_there_are_no_more_slots_than_needed(rule, preconditioner, slots):
+    optimizer = NLCG(0.1, rule, preconditioner)
+    optimizer.build([keras.Variable(np.zeros(1000, "float32"))])
+    assert sum(np.prod(v.shape) == 1000 for v in optimizer.variables) == slots
+
+
+@pytest.mark.parametrize("shared, least, most", [(True, 0.99, 1.0), (False, 0.0, 0.1)])
+def test_kappa_tells_noise_from_bad_conditioning(shared, least, most, rng):
+    """A badly conditioned least-squares problem: the same rows in each update, or others."""
+    scales = np.logspace(0, -2, 20)
+    rows = rng.normal(size=(4000, 20)) * scales
+    targets = rows @ rng.normal(size=20) + rng.normal(size=4000)
+    variable = keras.Variable(np.zeros(20, "float32"))
+    optimizer = NLCG(0.1, "blended", "normalized_bfgs", None, nesterov=True)
+    kappas = []
+    for t in range(60):
+        chosen = slice(0, 50) if shared else slice(50 * t, 50 * (t + 1))
+        x = tf.constant(rows[chosen], tf.float32)
+        with tf.GradientTape() as tape:
+            error = tf.linalg.matvec(x, variable.value) - targets[chosen].astype("float32")
+            loss = tf.reduce_mean(error**2)
+        optimizer.observe_loss(loss)
+        optimizer.apply([tape.gradient(loss, variable.value)], [variable])
+        kappas.append(optimizer.diagnostics()["kappa"])
+    assert least <= np.median(kappas[20:]) <= most
+
+
+def test_steps_keep_their_length_as_noisy_gradients_shrink():
+    """kappa 0: a gradient a tenth as long, and then for long, makes steps that are no shorter."""
+    variable = keras.Variable(np.zeros(4, "float32"))
+    optimizer = NLCG(0.1, "blended", None, None, momentum=0.0)
+    lengths = []
+    for t in range(1000):
+        before = variable.numpy()
+        optimizer.observe_loss(1.0 + t % 2)
+        gradient = np.full(4, 1.0 if t == 0 else 0.1, "float32")
+        optimizer.apply([tf.constant(gradient)], [variable])
+        lengths.append(np.linalg.norm(variable.numpy() - before))
+    assert lengths[0] == pytest.approx(0.2, rel=1e-5)
+    assert lengths[1] == pytest.approx(0.02, rel=0.01)
+    assert lengths[-1] == pytest.approx(0.2, rel=0.01)

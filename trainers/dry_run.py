@@ -4,11 +4,9 @@ import math
 
 from absl import flags
 
-FLAGS = flags.FLAGS
+from trainers import settings
 
-# Vectors of the parameters' size besides weights, gradients, their sums and the moving average.
-SLOTS = {"nlcg": 3, "momentum": 1, "nesterov": 1, "momentum_tf1": 1, "nesterov_tf1": 1}
-SLOTS |= {"rmsprop": 2, "sgd": 0, "adam": 2, "lars": 1}
+FLAGS = flags.FLAGS
 
 
 def summary(task, model, plan, done=0):
@@ -38,7 +36,11 @@ def description(task, plan):
         + ", ".join(f"{epoch:.3g}: {rate(epoch):.4g}" for epoch in sorted(epochs))
         + f"; last update: {rate(last):.4g}"
     )
-    vectors = 4 + SLOTS[FLAGS.optimizer]
+    optimizer = settings.optimizer(schedule, task.default_line_search)
+    optimizer.build(model.trainable_variables)
+    slots = sum(math.prod(v.shape) for v in optimizer.variables) / parameters(model)
+    # Besides weights, gradients, their sums and the moving average.
+    vectors = 4 + round(slots)
     state = 4 * vectors * parameters(model)
     images = plan.per_worker_batch_size * activation_bytes(model)
     lines.append(

@@ -4,7 +4,7 @@ import math
 
 from absl import flags
 
-from trainers.optimizers import NAMES, make_optimizer
+from trainers.optimizers import DECAYING, NAMES, make_optimizer
 
 FLAGS = flags.FLAGS
 
@@ -24,14 +24,24 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("epochs", 200, "Length of the run.", lower_bound=1)
 flags.DEFINE_enum("optimizer", "nlcg", list(NAMES), "Optimizer.")
 flags.DEFINE_enum(
-    "update_rule", "fletcher_reeves", ["fletcher_reeves", "polak_ribiere"], "NLCG: rule for beta."
+    "update_rule",
+    "fletcher_reeves",
+    ["fletcher_reeves", "polak_ribiere", "blended"],
+    "NLCG: rule for beta.",
 )
-flags.DEFINE_enum("preconditioner", "bfgs", ["bfgs", "none"], "NLCG: preconditioner.")
+flags.DEFINE_enum(
+    "preconditioner",
+    "bfgs",
+    ["bfgs", "normalized_bfgs", "rms", "none"],
+    "NLCG: preconditioner; bfgs is the paper's.",
+)
+flags.DEFINE_bool("nesterov", False, "NLCG: Nesterov's look-ahead.")
 flags.DEFINE_enum(
     "line_search",
     "auto",
     ["auto", "online", "step", "none"],
-    "NLCG: line search. auto is the paper's choice for the data set and batch.",
+    "NLCG: line search. auto is the paper's choice for the data set and batch, and none with "
+    "--update_rule=blended.",
 )
 flags.DEFINE_float(
     "lars_coefficient",
@@ -107,6 +117,7 @@ DECISIVE = (
     "optimizer",
     "update_rule",
     "preconditioner",
+    "nesterov",
     "line_search",
     "lars_coefficient",
     "seed",
@@ -123,7 +134,9 @@ def identity():
 
 def optimizer(schedule, default_line_search):
     """The optimizer that the flags ask for."""
-    line_search = FLAGS.line_search if FLAGS.line_search != "auto" else default_line_search
+    line_search = FLAGS.line_search
+    if line_search == "auto":
+        line_search = "none" if FLAGS.update_rule == "blended" else default_line_search
     return make_optimizer(
         FLAGS.optimizer,
         schedule,
@@ -131,10 +144,11 @@ def optimizer(schedule, default_line_search):
         FLAGS.lars_coefficient,
         update_rule=FLAGS.update_rule,
         preconditioner=None if FLAGS.preconditioner == "none" else FLAGS.preconditioner,
+        nesterov=FLAGS.nesterov,
         line_search=None if line_search == "none" else line_search,
     )
 
 
 def weight_decay():
-    """The factor of sum(w^2) in the loss. LARS adds the decay to the gradient itself."""
-    return 0.0 if FLAGS.optimizer == "lars" else FLAGS.weight_decay
+    """The factor of sum(w^2) in the loss; some optimizers see to the decay themselves."""
+    return 0.0 if FLAGS.optimizer in DECAYING else FLAGS.weight_decay

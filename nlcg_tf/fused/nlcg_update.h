@@ -395,16 +395,17 @@ NLCG_HOST_DEVICE void FinishVariable(const Settings& settings, const Sums& sums,
   }
 }
 
-// sum(g_prev d) and sum(d h d) of a variable as sweep 3 left them; NaN: not known.
+// sum(g_prev d) and sum(d h d) of a variable as sweep 3 left them; the latter is -1, which no such sum
+// is, where they are not known.
 template <typename T>
 NLCG_HOST_DEVICE double CurvatureSum(const Variable<T>& v, int i) {
-  if (v.curvature_sums == nullptr) return NAN;
+  if (v.curvature_sums == nullptr) return -1;
   return double(v.curvature_sums[2 * i]) + v.curvature_sums[2 * i + 1];
 }
 
 template <typename T>
 NLCG_HOST_DEVICE bool CurvatureSumsAreKnown(const Variable<T>& v) {
-  return Finite(CurvatureSum(v, 0)) && Finite(CurvatureSum(v, 1));
+  return Finite(CurvatureSum(v, 0)) && Finite(CurvatureSum(v, 1)) && CurvatureSum(v, 1) >= 0;
 }
 
 // Calls work(begin, end) on parts of [0, count), perhaps at the same time.

@@ -59,7 +59,7 @@ struct Buffers {
       for (T& x : g_prev.back()) x = 0;
     }
     ratios.assign(sizes.size(), T(1));
-    sums.assign(4 * sizes.size(), T(NAN));
+    sums.assign(4 * sizes.size(), T(-1));
     reals.assign(nlcg::kComparedLoss + 1, T(0));
     reals[nlcg::kScale] = 1;
     counts.assign(4, 0);
@@ -374,7 +374,7 @@ void RunLarge() {
   LongArray w, d, h, g_prev, g;
   std::fill(h.p, h.p + LongArray::kBlock, 1.0f);
   Buffers<float> small({LongArray::kBlock}, 0);
-  float reals[nlcg::kComparedLoss + 1] = {}, sums[4] = {NAN};
+  float reals[nlcg::kComparedLoss + 1] = {}, sums[4] = {0, 0, -1, 0};
   int64_t counts[4] = {};
   for (int update = 0; update < 3; ++update) {
     for (int64_t i = 0; i < LongArray::kBlock; ++i) {
