@@ -62,7 +62,8 @@ def test_memory_does_not_grow_with_the_batch(tmp_path):
         summary = json.loads((tmp_path / str(batch) / "summary.json").read_text())
         assert summary["micro_steps"] == batch // 2048 and summary["updates"] == 1
         peaks.append(summary["peak_memory_bytes"])
-    assert abs(peaks[1] / peaks[0] - 1) < 0.05, peaks
+    # 48 micro-batches at once would take tens of times as much; allocators differ by some percent.
+    assert peaks[1] / peaks[0] < 1.25, peaks
 
 
 @needs_horovod
