@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 from absl import flags
 
 from trainers import settings
@@ -36,11 +37,8 @@ def description(task, plan):
         + ", ".join(f"{epoch:.3g}: {rate(epoch):.4g}" for epoch in sorted(epochs))
         + f"; last update: {rate(last):.4g}"
     )
-    optimizer = settings.optimizer(schedule, task.default_line_search)
-    optimizer.build(model.trainable_variables)
-    slots = sum(math.prod(v.shape) for v in optimizer.variables) / parameters(model)
     # Besides weights, gradients, their sums and the moving average.
-    vectors = 4 + round(slots)
+    vectors = 4 + slots(settings.optimizer(schedule, task.default_line_search))
     state = 4 * vectors * parameters(model)
     images = plan.per_worker_batch_size * activation_bytes(model)
     lines.append(
@@ -50,6 +48,13 @@ def description(task, plan):
         "work space"
     )
     return lines
+
+
+def slots(optimizer):
+    """How many vectors of the parameters' size an optimizer keeps."""
+    size = 1000
+    optimizer.build([keras.Variable([0.0] * size)])
+    return sum(math.prod(v.shape) for v in optimizer.variables) // size
 
 
 def parameters(model):
