@@ -475,7 +475,7 @@ def main():
         kinds = check_repeats(device, library, rule, repeats, size)
         show(f"{repeats} repeats, {rule}: {kinds} kind(s) of bits", kinds == 1)
     if arguments.emulate:
-        for lars, most in ((0.0, 12), (1.0, 13)):
+        for lars, most in ((0.0, 10), (1.0, 12)):
             launches = count_launches(device, library, lars)
             show(f"161 variables, LARS {lars}: {launches} launches", launches <= most)
     else:

@@ -12,4 +12,4 @@ def test_the_emulated_kernels_agree_with_the_oracle():
     command = [sys.executable, "-m", "scripts.check_cuda_kernels", "--emulate"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "FAILED" not in result.stdout and "12 launches" in result.stdout
+    assert "FAILED" not in result.stdout and "10 launches" in result.stdout

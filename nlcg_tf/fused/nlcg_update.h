@@ -1,9 +1,9 @@
 // The NLCG update (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886), section 2 and 3: what the CPU and
 // the CUDA kernel share. No TensorFlow here: plain pointers, sizes, a stream.
 //
-// Sweeps over the parameters; a T is read or written once for each name:
+// Sweeps over the parameters, each reading and writing a vector of them once for each name:
 //
-//   1. BFGS: read g, d             -> y's, s'hs, whether g is finite. The sums over the old gradient
+//   1. BFGS: read g, d                     -> y's, s'hs, whether g is finite. The sums over the old gradient
 //      come from sweep 3 of the update before; where they are not known, or with Nesterov's
 //      look-ahead, g_prev and h are read as well.
 //   2. BFGS: read g, g_prev, d, h, write h  -> delta of the new h, which beta needs of all variables
@@ -106,7 +106,7 @@ NLCG_HOST_DEVICE bool KeepsSums(const Settings& settings) {
 }
 
 // The number of reals that the settings need.
-inline int RealCount(const Settings& settings) {
+NLCG_HOST_DEVICE int RealCount(const Settings& settings) {
   return settings.line_search == kNoLineSearch ? kScale
          : settings.line_search == kOnline     ? kLoss + 1
                                                : kComparedLoss + 1;
@@ -141,7 +141,6 @@ enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 template <typename T>
 struct Stage {
   bool skip, first, accepted;
-  T step_prev, kept_prev, ahead_prev, scale_prev;
   T inv_ys, inv_shs, forget;
   T scale, beta, kept, ahead, alpha, learning_rate;
   T loss;
@@ -221,6 +220,16 @@ NLCG_HOST_DEVICE void LookAhead(T beta, T scale, T kappa, T* kept, T* ahead) {
   *ahead = look_ahead * scale;
 }
 
+// What made up the last step; the scalars still are those of the update before.
+template <typename T>
+struct Previous {
+  T size, scale, kept, ahead;
+  NLCG_HOST_DEVICE Previous(const Settings& settings, const T* reals)
+      : size(reals[kStepSize]), scale(IsScaled(settings) ? reals[kMean] : T(1)) {
+    LookAhead(reals[kBeta], scale, reals[kKappa], &kept, &ahead);
+  }
+};
+
 // The line search and the step size: section 3.2.2. Needs no sums, so that a loss that is not finite
 // is known before anything is written.
 template <typename T>
@@ -228,9 +237,6 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
                             T learning_rate, T loss, Stage<T>* stage) {
   const int64_t updates = counts[kUpdates];
   stage->first = updates == 0;
-  stage->step_prev = reals[kStepSize];
-  stage->scale_prev = IsScaled(settings) ? reals[kMean] : T(1);
-  LookAhead(reals[kBeta], stage->scale_prev, reals[kKappa], &stage->kept_prev, &stage->ahead_prev);
   for (int i = kTestedLoss; i <= kFirstSquare; ++i) stage->reals[i] = reals[i];
   stage->loss = loss;
   stage->kappa = 0;
@@ -345,7 +351,7 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
   stage->scale = IsScaled(settings) ? T(mean) : T(1);
   const T delta = T(stage->scale * sums.of[kFresh]);
   double top = delta;
-  if (settings.rule == kPolakRibiere) top -= T(stage->scale_prev * sums.of[kMid]);
+  if (settings.rule == kPolakRibiere) top -= T(Previous<T>(settings, reals).scale * sums.of[kMid]);
   double beta = ClippedToOne(top / (reals[kDelta] + T(kTiny)));
   if (settings.rule == kBlended) {
     beta = stage->kappa * beta + (1 - stage->kappa) * settings.momentum;
@@ -398,14 +404,14 @@ NLCG_HOST_DEVICE void FinishVariable(const Settings& settings, const Sums& sums,
 // sum(g_prev d) and sum(d h d) of a variable as sweep 3 left them; the latter is -1, which no such sum
 // is, where they are not known.
 template <typename T>
-NLCG_HOST_DEVICE double CurvatureSum(const Variable<T>& v, int i) {
+NLCG_HOST_DEVICE double KeptSum(const Variable<T>& v, int i) {
   if (v.curvature_sums == nullptr) return -1;
   return double(v.curvature_sums[2 * i]) + v.curvature_sums[2 * i + 1];
 }
 
 template <typename T>
-NLCG_HOST_DEVICE bool CurvatureSumsAreKnown(const Variable<T>& v) {
-  return Finite(CurvatureSum(v, 0)) && Finite(CurvatureSum(v, 1)) && CurvatureSum(v, 1) >= 0;
+NLCG_HOST_DEVICE bool SumsAreKept(const Variable<T>& v) {
+  return Finite(KeptSum(v, 0)) && Finite(KeptSum(v, 1)) && KeptSum(v, 1) >= 0;
 }
 
 // Calls work(begin, end) on parts of [0, count), perhaps at the same time.

@@ -122,13 +122,14 @@ struct ExactSum {
 
 // The last step s, of `step` times the direction, on the elements from i on.
 template <typename T>
-NLCG_HOST_DEVICE typename Simd<T>::Vector LastStep(const Variable<T>& v, const Stage<T>& stage,
-                                                   T step, bool nesterov,
+NLCG_HOST_DEVICE typename Simd<T>::Vector LastStep(const Variable<T>& v,
+                                                   const Previous<T>& previous, T step,
+                                                   bool nesterov,
                                                    typename Simd<T>::Vector g_prev,
                                                    typename Simd<T>::Vector old_divisor, int64_t i,
                                                    int64_t n) {
   typename Simd<T>::Vector d = Load(v.d + i, n);
-  if (nesterov) d = Direction(g_prev, old_divisor, d, stage.ahead_prev, stage.kept_prev);
+  if (nesterov) d = Direction(g_prev, old_divisor, d, previous.ahead, previous.kept);
   return step * d;
 }
 
@@ -137,13 +138,13 @@ template <typename T>
 struct CurvatureBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
-  const Stage<T>& stage;
+  const Previous<T>& previous;
   const T epsilon, step;
   const bool nesterov;
   V check = {}, ys = {}, shs = {}, slope = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), g_prev = Load(v.g_prev + i, n), h = Load(v.h + i, n);
-    const V s = LastStep(v, stage, step, nesterov, g_prev, h + epsilon, i, n);
+    const V s = LastStep(v, previous, step, nesterov, g_prev, h + epsilon, i, n);
     check += g - g;
     ys += (g - g_prev) * s;
     shs += s * (h * s);
@@ -174,14 +175,14 @@ template <typename T>
 struct DirectionSums {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
-  const Stage<T>& stage;
+  const Previous<T>& previous;
   const int rule;
   const bool nesterov;
   V check = {}, fresh = {}, divisor = {}, mid = {}, gg = {}, new_slope = {}, old_slope = {};
   NLCG_HOST_DEVICE void Add(V g, V quotient) {
     check += g - g;
     fresh += g * quotient;
-    if (rule == kBlended) gg += g * g;
+    gg += g * g;
   }
   NLCG_HOST_DEVICE void AddMid(V g, V old_divisor, int64_t i, int64_t n) {
     if (rule == kPolakRibiere) mid += g * (Load(v.g_prev + i, n) / old_divisor);
@@ -189,7 +190,7 @@ struct DirectionSums {
   NLCG_HOST_DEVICE void AddSlopes(V g, V old_divisor, T step, int64_t i, int64_t n) {
     if (rule != kBlended) return;
     const V g_prev = Load(v.g_prev + i, n);
-    const V s = LastStep(v, stage, step, nesterov, g_prev, old_divisor, i, n);
+    const V s = LastStep(v, previous, step, nesterov, g_prev, old_divisor, i, n);
     new_slope += g * s;
     old_slope += g_prev * s;
   }
@@ -211,7 +212,7 @@ struct HessianBody {
     V h = h_before;
     if (kAccepted) {
       const V g_prev = Load(v.g_prev + i, n);
-      const V s = LastStep(v, stage, step, sums.nesterov, g_prev, h + epsilon, i, n);
+      const V s = LastStep(v, sums.previous, step, sums.nesterov, g_prev, h + epsilon, i, n);
       h = HessianDiagonal(h, s, g - g_prev, stage.inv_shs, stage.inv_ys);
     }
     if (stage.forget != 0) h = Forget(h, stage.forget);
@@ -253,14 +254,10 @@ struct RmsBody {
     const V quotient = g / (Sqrt(SecondMoment(before, g, forget)) + epsilon);
     sums.Add(g, quotient);
     sums.divisor += quotient * quotient;
-    if (sums.rule == kFletcherReeves) {
-      sums.gg += g * g;
-    } else {
-      if (sums.rule == kPolakRibiere) sums.gg += g * g;
-      const V old_divisor = Sqrt(before) + epsilon;
-      sums.AddMid(g, old_divisor, i, n);
-      sums.AddSlopes(g, old_divisor, step, i, n);
-    }
+    if (sums.rule == kFletcherReeves) return;
+    const V old_divisor = Sqrt(before) + epsilon;
+    sums.AddMid(g, old_divisor, i, n);
+    sums.AddSlopes(g, old_divisor, step, i, n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
@@ -344,25 +341,26 @@ NLCG_HOST_DEVICE Sums Run(Body body, int64_t begin, int64_t end) {
 enum Sweep { kSweepCurvature, kSweepDirection, kSweepStep, kSweepLars };
 
 template <typename T>
-NLCG_HOST_DEVICE Sums RunCurvature(const Settings& settings, const Stage<T>& stage,
+NLCG_HOST_DEVICE Sums RunCurvature(const Settings& settings, const Previous<T>& previous,
                                    const Variable<T>& v, T step, int64_t begin, int64_t end) {
-  if (!CurvatureSumsAreKnown(v)) {
+  if (!SumsAreKept(v)) {
     const T epsilon = T(settings.epsilon);
-    return Run<T>(CurvatureBody<T>{v, stage, epsilon, step, settings.nesterov}, begin, end);
+    return Run<T>(CurvatureBody<T>{v, previous, epsilon, step, settings.nesterov}, begin, end);
   }
   Sums sums = Run<T>(ProductBody<T>{v}, begin, end);
   sums.of[kSlope] = sums.of[kYs] * step;
-  if (begin == 0) sums.of[kYs] -= CurvatureSum(v, 0);
+  if (begin == 0) sums.of[kYs] -= KeptSum(v, 0);
   sums.of[kYs] *= step;
-  sums.of[kShs] = begin == 0 ? CurvatureSum(v, 1) * step * step : 0;
+  sums.of[kShs] = begin == 0 ? KeptSum(v, 1) * step * step : 0;
   return sums;
 }
 
 template <typename T>
 NLCG_HOST_DEVICE Sums RunDirection(const Settings& settings, const Stage<T>& stage,
-                                   const Variable<T>& v, T step, int64_t begin, int64_t end) {
+                                   const Previous<T>& previous, const Variable<T>& v, T step,
+                                   int64_t begin, int64_t end) {
   const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
-  const DirectionSums<T> sums{v, stage, settings.rule, settings.nesterov};
+  const DirectionSums<T> sums{v, previous, settings.rule, settings.nesterov};
   if (settings.preconditioner == kIdentity) {
     return Run<T>(PlainBody<T>{v, epsilon, step, sums}, begin, end);
   }
@@ -393,12 +391,15 @@ NLCG_HOST_DEVICE Sums RunStep(const Settings& settings, const Stage<T>& stage, c
 
 template <typename T>
 NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stage<T>& stage,
-                               const Variable<T>& v, int64_t begin, int64_t end) {
-  const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1), step = stage.step_prev * ratio;
+                               const Previous<T>& previous, const Variable<T>& v, int64_t begin,
+                               int64_t end) {
+  const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1), step = previous.size * ratio;
   const T decay_rate = T(v.weight_decay) * stage.learning_rate;
   const int preconditioner = settings.preconditioner;
-  if (sweep == kSweepCurvature) return RunCurvature(settings, stage, v, step, begin, end);
-  if (sweep == kSweepDirection) return RunDirection(settings, stage, v, step, begin, end);
+  if (sweep == kSweepCurvature) return RunCurvature(settings, previous, v, step, begin, end);
+  if (sweep == kSweepDirection) {
+    return RunDirection(settings, stage, previous, v, step, begin, end);
+  }
   if (sweep == kSweepStep) {
     if (preconditioner == kIdentity) {
       return RunStep<T, kIdentity>(settings, stage, v, decay_rate, begin, end);
@@ -412,13 +413,15 @@ NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stag
 }
 
 NLCG_CLONES Sums SweepChunk(Sweep sweep, const Settings& settings, const Stage<float>& stage,
-                            const Variable<float>& v, int64_t begin, int64_t end) {
-  return RunSweep(sweep, settings, stage, v, begin, end);
+                            const Previous<float>& previous, const Variable<float>& v, int64_t begin,
+                            int64_t end) {
+  return RunSweep(sweep, settings, stage, previous, v, begin, end);
 }
 
 NLCG_CLONES Sums SweepChunk(Sweep sweep, const Settings& settings, const Stage<double>& stage,
-                            const Variable<double>& v, int64_t begin, int64_t end) {
-  return RunSweep(sweep, settings, stage, v, begin, end);
+                            const Previous<double>& previous, const Variable<double>& v, int64_t begin,
+                            int64_t end) {
+  return RunSweep(sweep, settings, stage, previous, v, begin, end);
 }
 
 struct Chunk {
@@ -439,6 +442,7 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
     }
   }
   std::vector<Sums> sums(chunks.size());
+  const Previous<T> previous(settings, reals);
   Stage<T> stage;
   const auto sweep = [&](Sweep kind) {
     parallel_for(chunks.size(), [&](int64_t first, int64_t last) {
@@ -446,8 +450,8 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
         // Each sweep begins where the one before ended: there the caches still hold its data.
         const int64_t i = kind == kSweepDirection ? int64_t(chunks.size()) - 1 - j : j;
         const Chunk& chunk = chunks[i];
-        sums[i] = SweepChunk(kind, settings, stage, variables[chunk.variable], chunk.begin,
-                             chunk.end);
+        sums[i] = SweepChunk(kind, settings, stage, previous, variables[chunk.variable],
+                             chunk.begin, chunk.end);
       }
 #if defined(__SSE2__)
       _mm_sfence();  // what was streamed must be there when the thread says that it is done

@@ -1,8 +1,8 @@
 // The CUDA kernels: a block for each chunk of the variables, a table of the variables on the device,
 // partial sums in fixed order. No TensorFlow here, and no wait for the device: the scalars stay there.
 //
-// Launches for n variables: ceil(n / 46) for the table, then 5, or 7 with BFGS; one more for what is
-// kept of each variable (LARS scaling, or BFGS without look-ahead), one more with LARS scaling.
+// Launches for n variables: ceil(n / 46) for the table, then 4, or 6 with BFGS; one more with LARS
+// scaling.
 
 #include <cuda_runtime.h>
 
@@ -99,23 +99,21 @@ struct Part {
 
 // The last step, of `step` times the direction.
 template <typename T>
-__device__ T LastStep(const Settings& settings, const Stage<T>& stage, const Variable<T>& v, T step,
-                      T old_divisor, int64_t i) {
+__device__ T LastStep(const Settings& settings, const Previous<T>& previous, const Variable<T>& v,
+                      T step, T old_divisor, int64_t i) {
   T d = v.d[i];
-  if (settings.nesterov) {
-    d = Direction(v.g_prev[i], old_divisor, d, stage.ahead_prev, stage.kept_prev);
-  }
+  if (settings.nesterov) d = Direction(v.g_prev[i], old_divisor, d, previous.ahead, previous.kept);
   return step * d;
 }
 
 template <typename T>
-__device__ Sums CurvatureSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
-                               T step) {
+__device__ Sums CurvatureSweep(const Settings& settings, const Previous<T>& previous,
+                               const Part<T>& part, T step) {
   const Variable<T>& v = part.v;
   const T epsilon = T(settings.epsilon);
   T check = 0;
   double ys = 0, shs = 0, slope = 0;
-  if (CurvatureSumsAreKnown(v)) {
+  if (SumsAreKept(v)) {
 #pragma unroll 4
     for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
       const T g = v.g[i];
@@ -124,14 +122,14 @@ __device__ Sums CurvatureSweep(const Settings& settings, const Stage<T>& stage, 
     }
     slope = ys * step;
     if (part.begin == 0 && threadIdx.x == 0) {
-      ys -= CurvatureSum(v, 0);
-      shs = CurvatureSum(v, 1) * step * step;
+      ys -= KeptSum(v, 0);
+      shs = KeptSum(v, 1) * step * step;
     }
     ys *= step;
   } else {
 #pragma unroll 4
     for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-      const T g = v.g[i], h = v.h[i], s = LastStep(settings, stage, v, step, h + epsilon, i);
+      const T g = v.g[i], h = v.h[i], s = LastStep(settings, previous, v, step, h + epsilon, i);
       check += g - g;
       ys += (g - v.g_prev[i]) * s;
       shs += s * (h * s);
@@ -143,7 +141,7 @@ __device__ Sums CurvatureSweep(const Settings& settings, const Stage<T>& stage, 
 
 template <typename T, int kPreconditioner>
 __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
-                               const Part<T>& part, T step) {
+                               const Previous<T>& previous, const Part<T>& part, T step) {
   const Variable<T>& v = part.v;
   const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
   const bool accepted = kPreconditioner == kBfgs && stage.accepted;
@@ -157,7 +155,7 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
       T h = v.h[i];
       old_divisor = h + epsilon;
       if (accepted) {
-        const T s = LastStep(settings, stage, v, step, old_divisor, i);
+        const T s = LastStep(settings, previous, v, step, old_divisor, i);
         h = HessianDiagonal(h, s, g - v.g_prev[i], stage.inv_shs, stage.inv_ys);
       }
       if (stage.forget != 0) h = Forget(h, stage.forget);
@@ -172,10 +170,10 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
     }
     check += g - g;
     fresh += g * (g / divisor);
-    if (kPreconditioner == kRms || settings.rule == kBlended) gg += g * g;
+    gg += g * g;
     if (settings.rule == kPolakRibiere) mid += g * (v.g_prev[i] / old_divisor);
     if (tests) {
-      const T s = LastStep(settings, stage, v, step, old_divisor, i);
+      const T s = LastStep(settings, previous, v, step, old_divisor, i);
       new_slope += g * s;
       old_slope += v.g_prev[i] * s;
     }
@@ -241,22 +239,26 @@ __device__ void LarsSweep(const Settings& settings, const Stage<T>& stage, const
 
 template <typename T, int kSweep, int kPreconditioner>
 __global__ void __launch_bounds__(kThreads)
-    SweepKernel(Settings settings, Scratch<T> scratch) {
+    SweepKernel(Settings settings, Scratch<T> scratch, const T* reals) {
   __shared__ double shared[kThreads];
+  // The first sweep comes before anything is known of this update.
+  const bool is_first = kSweep == (kPreconditioner == kBfgs ? kSweepCurvature : kSweepDirection);
   const Stage<T>& stage = *scratch.stage;
-  if (stage.skip) return;
+  if (!is_first && stage.skip) return;
   const int64_t chunk = blockIdx.x;
   const Entry<T> entry = scratch.table[FindVariable(scratch.table, scratch.count, chunk)];
   const Variable<T>& v = entry.v;
   const int64_t begin = (chunk - entry.first_chunk) * kChunk;
   const Part<T> part = {v, begin, begin + kChunk < v.size ? begin + kChunk : v.size};
   const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1);
+  const Previous<T> previous(settings, reals);
   const T decay_rate = T(v.weight_decay) * stage.learning_rate;
   Sums sums;
   if (kSweep == kSweepCurvature) {
-    sums = CurvatureSweep(settings, stage, part, stage.step_prev * ratio);
+    sums = CurvatureSweep(settings, previous, part, previous.size * ratio);
   } else if (kSweep == kSweepDirection) {
-    sums = DirectionSweep<T, kPreconditioner>(settings, stage, part, stage.step_prev * ratio);
+    const T step = previous.size * ratio;
+    sums = DirectionSweep<T, kPreconditioner>(settings, stage, previous, part, step);
   } else if (kSweep == kSweepStep) {
     sums = StepSweep<T, kPreconditioner>(settings, stage, part, decay_rate);
   } else {
@@ -267,13 +269,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) scratch.sums[chunk] = total;
 }
 
-// One thread: what is known before the first sweep.
-template <typename T>
-__global__ void BeginKernel(Settings settings, Scratch<T> scratch, const T* learning_rate,
-                            const T* loss, const T* reals, const int64_t* counts) {
-  if (threadIdx.x == 0) Begin(settings, reals, counts, *learning_rate, *loss, scratch.stage);
-}
-
 __device__ Sums SumChunks(const Sums* sums, int64_t first, int64_t last, double* shared) {
   Sums mine = {};
   for (int64_t i = first + threadIdx.x; i < last; i += kSumThreads) {
@@ -282,18 +277,28 @@ __device__ Sums SumChunks(const Sums* sums, int64_t first, int64_t last, double*
   return BlockSums<kSumThreads>(mine, shared);
 }
 
-// One block: adds up the chunks of a sweep and does the scalar work that follows it.
-template <typename T, int kSweep>
+// Block 0 adds up the chunks of a sweep and does the scalar work that follows it. After sweep 3 there
+// is a block for each variable besides: its LARS factor, and its sums for the next update.
+template <typename T, int kSweep, int kPreconditioner>
 __global__ void __launch_bounds__(kSumThreads)
-    FinishKernel(Settings settings, Scratch<T> scratch, int real_count, double elements, T* reals,
-                 int64_t* counts) {
+    FinishKernel(Settings settings, Scratch<T> scratch, double elements, const T* learning_rate,
+                 const T* loss, T* reals, int64_t* counts) {
   __shared__ double shared[kSumThreads];
   Stage<T>* stage = scratch.stage;
-  Sums total = {};
-  if (!stage->skip) total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
+  const bool is_first = kSweep == (kPreconditioner == kBfgs ? kSweepCurvature : kSweepDirection);
+  if (blockIdx.x > 0) {
+    if (stage->skip) return;
+    const Entry<T>& entry = scratch.table[blockIdx.x - 1];
+    const int64_t end = entry.first_chunk + (entry.v.size + kChunk - 1) / kChunk;
+    const Sums own = SumChunks(scratch.sums, entry.first_chunk, end, shared);
+    if (threadIdx.x == 0) FinishVariable(settings, own, entry.v);
+    return;
+  }
+  const Sums total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
   if (threadIdx.x != 0) return;
+  if (is_first) Begin(settings, reals, counts, *learning_rate, *loss, stage);
   if (kSweep == kSweepStep) {
-    FinishStep(settings, real_count, total, stage, reals, counts);
+    FinishStep(settings, RealCount(settings), total, stage, reals, counts);
   } else if (!stage->skip && kSweep == kSweepCurvature) {
     FinishCurvature(settings, reals, counts, total, stage);
   } else if (!stage->skip) {
@@ -301,42 +306,27 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-// A block for each variable: its LARS factor, and its sums for the next update.
-template <typename T>
-__global__ void __launch_bounds__(kSumThreads)
-    FinishVariableKernel(Settings settings, Scratch<T> scratch) {
-  __shared__ double shared[kSumThreads];
-  if (scratch.stage->skip) return;
-  const Entry<T>& entry = scratch.table[blockIdx.x];
-  const int64_t chunks = (entry.v.size + kChunk - 1) / kChunk;
-  const Sums total =
-      SumChunks(scratch.sums, entry.first_chunk, entry.first_chunk + chunks, shared);
-  if (threadIdx.x == 0) FinishVariable(settings, total, entry.v);
-}
-
 // All launches of an update but those that write the table.
 template <typename T, int kPreconditioner>
 void Launch(const Settings& settings, const Scratch<T>& scratch, double elements,
             const T* learning_rate, const T* loss, T* reals, int64_t* counts, cudaStream_t stream) {
-  const int blocks = static_cast<int>(scratch.chunks), real_count = RealCount(settings);
-#define NLCG_SWEEP(kind)                                                                         \
-  if (blocks > 0) SweepKernel<T, kind, kPreconditioner><<<blocks, kThreads, 0, stream>>>(settings, \
-                                                                                        scratch)
-#define NLCG_FINISH(kind)                                                                         \
-  FinishKernel<T, kind><<<1, kSumThreads, 0, stream>>>(settings, scratch, real_count, elements, reals, \
-                                                       counts)
-  BeginKernel<T><<<1, 1, 0, stream>>>(settings, scratch, learning_rate, loss, reals, counts);
+  const int blocks = static_cast<int>(scratch.chunks);
+  const bool keeps = settings.lars_coefficient > 0 || KeepsSums(settings);
+#define NLCG_SWEEP(kind)                                                              \
+  if (blocks > 0) {                                                                   \
+    SweepKernel<T, kind, kPreconditioner><<<blocks, kThreads, 0, stream>>>(settings, scratch, reals); \
+  }
+#define NLCG_FINISH(kind, extra_blocks)                                                \
+  FinishKernel<T, kind, kPreconditioner><<<1 + (extra_blocks), kSumThreads, 0, stream>>>( \
+      settings, scratch, elements, learning_rate, loss, reals, counts)
   if (kPreconditioner == kBfgs) {
     NLCG_SWEEP(kSweepCurvature);
-    NLCG_FINISH(kSweepCurvature);
+    NLCG_FINISH(kSweepCurvature, 0);
   }
   NLCG_SWEEP(kSweepDirection);
-  NLCG_FINISH(kSweepDirection);
+  NLCG_FINISH(kSweepDirection, 0);
   NLCG_SWEEP(kSweepStep);
-  if (blocks > 0 && (settings.lars_coefficient > 0 || KeepsSums(settings))) {
-    FinishVariableKernel<T><<<scratch.count, kSumThreads, 0, stream>>>(settings, scratch);
-  }
-  NLCG_FINISH(kSweepStep);
+  NLCG_FINISH(kSweepStep, keeps ? scratch.count : 0);
   if (settings.lars_coefficient > 0) NLCG_SWEEP(kSweepLars);
 #undef NLCG_SWEEP
 #undef NLCG_FINISH
@@ -391,9 +381,9 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
 
   double elements = 0;
   for (const Variable<T>& v : variables) elements += v.size;
-  const auto launch = UsesBfgs(settings)                   ? Launch<T, kBfgs>
+  const auto launch = UsesBfgs(settings)                ? Launch<T, kBfgs>
                       : settings.preconditioner == kRms ? Launch<T, kRms>
-                                                           : Launch<T, kIdentity>;
+                                                        : Launch<T, kIdentity>;
   launch(settings, scratch, elements, learning_rate, loss, reals, counts, stream);
   return Describe(cudaGetLastError());
 }
