@@ -13,7 +13,15 @@ from nlcg_tf.reductions import all_finite, dot, total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
 REALS = ("delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean")
-REALS += ("tested_loss", "left_over", "foretold", "mean_square", "first_square")
+REALS += (
+    "tested_loss",
+    "left_over",
+    "foretold",
+    "mean_square",
+    "first_square",
+    "mean_length",
+    "cap",
+)
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
 
 
@@ -46,17 +54,15 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     d, g_prev = slots["direction"], slots.get("previous_gradient")
     state_before = {name: slots[name] for name in preconditioner.initial_state()}
     new = {name: old[name] for name in REALS}
+    new["cap"] = ops.ones_like(old["cap"])
 
-    def apply(state, x):
-        return preconditioner.apply(state, x, optimizer.epsilon)
-
-    def step_direction(preconditioned, d, beta, kappa):
+    def step_direction(preconditioned, d, beta, kappa, cap=1.0):
         """d, or with Nesterov's look-ahead z + beta d, as far as gradients are noise."""
         if not optimizer.nesterov:
             return d
         look_ahead = 1 - kappa
         kept = 1 - look_ahead + look_ahead * beta
-        return [kept * d_i - look_ahead * z_i for z_i, d_i in zip(preconditioned, d)]
+        return [kept * d_i - look_ahead * cap * z_i for z_i, d_i in zip(preconditioned, d)]
 
     # Line search
     line_search, searched, alpha = optimizer.line_search, {}, learning_rate
@@ -66,11 +72,13 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         alpha = learning_rate * searched["learning_rate_scale"]
 
     # Curvature
-    y = s = None
+    y = s = preconditioned_before = None
     curvature, kappa = ops.zeros_like(alpha), ops.zeros_like(alpha)
-    if uses_steps(optimizer.preconditioner) or blends:
-        preconditioned = apply(state_before, g_prev)[0] if optimizer.nesterov else None
-        step = step_direction(preconditioned, d, old["beta"], old["kappa"])
+    needs_step = uses_steps(optimizer.preconditioner) or blends
+    if optimizer.update_rule == "polak_ribiere" or (needs_step and optimizer.nesterov):
+        preconditioned_before, _ = preconditioner.apply(state_before, g_prev, optimizer.epsilon)
+    if needs_step:
+        step = step_direction(preconditioned_before, d, old["beta"], old["kappa"], old["cap"])
         sizes = [old["step_size"]] * len(w)
         if optimizer.lars_coefficient:
             rows = _unstack(variables["trust_ratios"])
@@ -89,17 +97,12 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     state, accepted = preconditioner.update(state_before, g, y, s, kappa)
 
     # Direction
-    preconditioned, mean = apply(state, g)
+    preconditioned, mean = preconditioner.apply(state, g, optimizer.epsilon)
     delta_new = dot(g, preconditioned)
     if blends:
         beta = direction.blended(delta_new, old["delta"], kappa, optimizer.momentum)
-        factor, *squares = noise.length_factor(
-            dot(g, g), old["mean_square"], old["first_square"], kappa
-        )
-        alpha = alpha * factor
-        new.update(zip(("mean_square", "first_square"), squares))
     elif optimizer.update_rule == "polak_ribiere":
-        delta_mid = dot(g, apply(state_before, g_prev)[0])
+        delta_mid = dot(g, preconditioned_before)
         beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
     else:
         beta = direction.fletcher_reeves(delta_new, old["delta"])
@@ -108,6 +111,16 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
 
     # Step
     step = step_direction(preconditioned, d, beta, kappa)
+    if blends:
+        factor, *squares = noise.length_factor(
+            dot(g, g), old["mean_square"], old["first_square"], kappa
+        )
+        length = factor * ops.sqrt(dot(step, step))
+        cap, mean_length = noise.length_cap(length, old["mean_length"], optimizer.momentum)
+        d, step = [cap * d_i for d_i in d], [cap * step_i for step_i in step]
+        alpha = alpha * factor
+        new.update(zip(("mean_square", "first_square"), squares))
+        new.update(mean_length=mean_length, cap=cap)
     sizes = [alpha] * len(w)
     if optimizer.lars_coefficient:
         ratios = [_trust_ratio(optimizer, w_i, step_i) for w_i, step_i in zip(w, step)]

@@ -11,9 +11,10 @@ over, beside what the gradients foretold, so tells how far they can be trusted.
 
 from keras import ops
 
-MEMORY = 0.9  # of the two running means of the test
+MEMORY = 0.9  # of the two running means of the test, and of that of the steps' length
 LENGTH_MEMORY = 0.99  # of the gradient's length
 ROUNDING = 1e-6  # relative error of a float32 loss
+GROWTH = 2.0  # the longest step, beside the running mean
 
 
 def trapezoid_test(loss, previous_loss, slope, previous_slope, left_over, foretold, updates):
@@ -64,3 +65,26 @@ def length_factor(squared_norm, mean, first, kappa):
     first = ops.where(known & (first == 0), squared_norm, first)
     factor = ops.exp((1 - kappa) / 2 * (ops.log(first) - ops.log(mean)))
     return ops.where(ops.isfinite(factor), factor, ops.ones_like(factor)), mean, first
+
+
+def length_cap(length, mean, momentum):
+    """Shortens a direction that is much longer than those before it.
+
+    Where gradients explode, or a beta near 1 meets a new direction, one long step can undo all, and
+    so can the momentum that it leaves.
+
+    Args:
+        length: scalar tensor, the norm of the step without its learning rate, which schedules move.
+        mean: scalar tensor, the running mean of it; 0 before there is one.
+        momentum: float. The first step, z, is what constant gradients make 1 / (1 - momentum)
+            times as long, and the mean begins there.
+
+    Returns:
+        `(cap, mean)`: the factor of the direction, at most 1.
+    """
+    known, longest = ops.isfinite(length), GROWTH * mean
+    held = known & (mean > 0) & (length > longest)
+    cap = ops.where(held, longest / length, ops.ones_like(length))
+    moved = MEMORY * mean + (1 - MEMORY) * cap * length
+    moved = ops.where(mean > 0, moved, length / (1 - momentum))
+    return cap, ops.where(known, moved, mean)

@@ -40,7 +40,8 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         alpha = alpha (||g_first|| / ||g||)^(1 - kappa)        ||g||^2 a running mean
 
     and, with `nesterov`, the step is d + (1 - kappa) (z + beta d - d), where the other rules have
-    kappa = 0. So full batches get conjugate gradients and noisy ones momentum.
+    kappa = 0. A step longer than twice the running mean of their lengths is shortened to that, and
+    d with it. So full batches get conjugate gradients and noisy ones momentum.
 
     State: slots of the shape of each variable, 4 bytes a float32 parameter each: d; the
     preconditioner's; and the gradient before, unless the rule is Fletcher-Reeves and the

@@ -25,6 +25,10 @@ from keras import ops
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
 from nlcg_tf.reductions import TINY, dot, total
 
+# The least y^T s beside its two terms g^T s and g_prev^T s, whose float32 sums are right to about
+# 1e-6: so that two digits of the difference, and of what it makes of h, are.
+RESOLUTION = 1e-4
+
 
 def get(identifier):
     """Resolves the `preconditioner` argument of `NLCG`.
@@ -45,11 +49,12 @@ def uses_steps(preconditioner):
     return preconditioner is not None and getattr(preconditioner, "uses_steps", True)
 
 
-def bfgs(h, y, s):
+def bfgs(h, g, y, s):
     """Diagonal of the BFGS update of the Hessian estimate (paper, section 3.2.1).
 
     Args:
         h: list of tensors, the diagonal before the update.
+        g: list of tensors of the same shapes, the gradient.
         y: list of tensors of the same shapes, gradient minus previous gradient.
         s: list of tensors of the same shapes, the step that was taken between the two.
 
@@ -60,8 +65,10 @@ def bfgs(h, y, s):
     hs = [h_i * s_i for h_i, s_i in zip(h, s)]
     ys = dot(y, s)
     shs = dot(s, hs)
+    slope = dot(g, s)
+    resolved = ys > RESOLUTION * (ops.abs(slope) + ops.abs(slope - ys))
     # The paper has no guard; its authors' released code refuses non-positive curvature.
-    accepted = (ys > TINY) & (shs > TINY) & ops.isfinite(ys) & ops.isfinite(shs)
+    accepted = resolved & (ys > TINY) & (shs > TINY) & ops.isfinite(ys) & ops.isfinite(shs)
 
     def update(h_i, hs_i, y_i):
         # Each square is divided as it is formed: y^2 alone overflows float32 beyond 1.8e19. An
@@ -106,7 +113,7 @@ class DiagonalBFGS(Configurable):
         return {"hessian_diagonal": 1.0}
 
     def update(self, state, g, y, s, kappa):
-        h, accepted = bfgs(state["hessian_diagonal"], y, s)
+        h, accepted = bfgs(state["hessian_diagonal"], g, y, s)
         return {"hessian_diagonal": h}, accepted
 
     def apply(self, state, g, epsilon):

@@ -8,8 +8,8 @@ from keras import ops
 # cut into as many pieces as there are threads.
 BLOCK = 4096
 
-# What keeps a quotient of sums finite, and the least sum that one is trusted with: far below what
-# any training comes to, since sums shrink with the square of the gradients.
+# What keeps a quotient of sums finite: far below what any training comes to, since sums shrink with
+# the square of the gradients.
 TINY = 1e-30
 
 

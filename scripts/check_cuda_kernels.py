@@ -40,7 +40,15 @@ LINE_SEARCHES = [None, "online", "step"]
 BOUNDS = {"float32": {"fletcher_reeves": 1e-5, "polak_ribiere": 1e-4, "blended": 1e-5}}
 BOUNDS["float64"] = dict.fromkeys(RULES, 1e-12)
 REALS = ["delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean"]
-REALS += ["tested_loss", "left_over", "foretold", "mean_square", "first_square"]
+REALS += [
+    "tested_loss",
+    "left_over",
+    "foretold",
+    "mean_square",
+    "first_square",
+    "mean_length",
+    "cap",
+]
 
 
 class Variant(NamedTuple):

@@ -45,11 +45,12 @@ class Oracle:
         self.alpha = np.zeros_like(self.w)
         self.delta = self.beta = self.curvature = self.cosine = self.kappa = 0.0
         self.left_over = self.foretold = self.mean_square = self.first_square = 0.0
+        self.mean_length = 0.0
         self.tested_loss = 0.0
         self.preconditioner_mean = 1.0
         self.scale = 1.0
         self.previous_loss = self.ema = self.ema_compared = None
-        self.updates = self.skipped = self.rejected = 0
+        self.updates = self.skipped = self.rejected = self.capped = 0
 
     def update(self, g, loss, learning_rate, weight_decay=0.0):
         g = np.asarray(g, np.float64)
@@ -71,12 +72,15 @@ class Oracle:
         direction = self.d + ahead * (self.z + self.beta * self.d - self.d)
         self.delta, self.g_prev = delta_new, g
         self.cosine = float(-g @ direction / (np.linalg.norm(g) * np.linalg.norm(direction)))
+        self.cap = 1.0
         if self.line_search:
             getattr(self, "_" + self.line_search)(loss)
         decayed = self.w * (1 - weight_decay * learning_rate)
         self.step_size = learning_rate * self.scale
         if self.rule == "blended" and self.mean_square:
             self.step_size *= (self.first_square / self.mean_square) ** ((1 - self.kappa) / 2)
+            self._set_cap(np.linalg.norm(direction), learning_rate * self.scale)
+            self.d, direction = self.cap * self.d, self.cap * direction
         self.alpha = self.step_size * self._trust_ratios(direction)
         self.s = self.alpha * direction
         self.w = decayed + self.s
@@ -98,12 +102,24 @@ class Oracle:
             self.mean_square = self.first_square = float(g @ g)
         self.tested_loss = loss
 
+    def _set_cap(self, norm, learning_rate):
+        """No step of more than twice the mean length; lengths are those at a learning rate of 1."""
+        length = norm * self.step_size / learning_rate
+        if self.mean_length == 0:
+            self.mean_length = length / (1 - self.momentum)
+            return
+        if length > 2 * self.mean_length:
+            self.cap = 2 * self.mean_length / length
+            self.capped += 1
+        self.mean_length = 0.9 * self.mean_length + 0.1 * self.cap * length
+
     def _learn_h(self, g):
         if self.updates > 0:
             y, s = g - self.g_prev, self.s
             ys = self.curvature = float(np.sum(y * s))
             shs = float(np.sum(s * self.h * s))
-            if ys > 1e-30 and shs > 1e-30:
+            terms = abs(float(g @ s)) + abs(float(self.g_prev @ s))
+            if ys > 1e-30 and ys > 1e-4 * terms and shs > 1e-30:
                 self.h = np.abs(self.h - (self.h * s) ** 2 / shs + y**2 / ys)
             else:
                 self.rejected += 1

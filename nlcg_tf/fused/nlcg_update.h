@@ -47,6 +47,8 @@ enum Real {
   kForetold,
   kMeanSquare,
   kFirstSquare,
+  kMeanLength,
+  kCap,
   kScale,
   kLoss,
   kComparedLoss
@@ -59,9 +61,9 @@ enum LineSearch { kNoLineSearch, kOnline, kStep };
 
 constexpr int kMaxLimits = 16;
 
-// The constants of reductions.py and noise.py.
-constexpr double kTiny = 1e-30;
-constexpr double kTestMemory = 0.9, kLengthMemory = 0.99, kRounding = 1e-6;
+// The constants of reductions.py, preconditioner.py and noise.py.
+constexpr double kTiny = 1e-30, kResolution = 1e-4;
+constexpr double kMemory = 0.9, kLengthMemory = 0.99, kRounding = 1e-6, kGrowth = 2;
 
 struct Settings {
   int preconditioner;
@@ -127,14 +129,14 @@ struct Variable {
 };
 
 // What the sweeps add up over a chunk.
-constexpr int kSums = 7;
+constexpr int kSums = 10;
 struct Sums {
   double of[kSums];
 };
 // kCheck: 0 where all gradients are finite, NaN otherwise; kSlope: g's
 enum CurvatureSum { kCheck, kYs, kShs, kSlope };
-// kFresh: g'(g/x) of the divisor x; kDivisor: 1/x (BFGS) or (g/x)^2 (RMS); kMid: g'(g_prev/x_prev)
-enum DirectionSum { kFresh = 1, kDivisor, kMid, kGg, kNewSlope, kOldSlope };
+// Of the divisor x and the quotient q = g/x: kFresh: g'q; kInverse: 1/x; kMid: g'(g_prev/x_prev)
+enum DirectionSum { kFresh = 1, kInverse, kMid, kGg, kNewSlope, kOldSlope, kQq, kQd, kDd };
 enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 
 // What one sweep tells the next; the new scalars wait here until the update is known to be done.
@@ -226,7 +228,7 @@ struct Previous {
   T size, scale, kept, ahead;
   NLCG_HOST_DEVICE Previous(const Settings& settings, const T* reals)
       : size(reals[kStepSize]), scale(IsScaled(settings) ? reals[kMean] : T(1)) {
-    LookAhead(reals[kBeta], scale, reals[kKappa], &kept, &ahead);
+    LookAhead(reals[kBeta], scale * reals[kCap], reals[kKappa], &kept, &ahead);
   }
 };
 
@@ -237,7 +239,7 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
                             T learning_rate, T loss, Stage<T>* stage) {
   const int64_t updates = counts[kUpdates];
   stage->first = updates == 0;
-  for (int i = kTestedLoss; i <= kFirstSquare; ++i) stage->reals[i] = reals[i];
+  for (int i = kTestedLoss; i <= kMeanLength; ++i) stage->reals[i] = reals[i];
   stage->loss = loss;
   stage->kappa = 0;
   double scale = 1;
@@ -287,7 +289,7 @@ NLCG_HOST_DEVICE void TestNoise(const T* reals, const int64_t* counts, double sl
   if (error < 0) error = 0;
   const double size = (fabs(slope / loss) + fabs(previous_slope / loss)) / 2;
   if (!stage->first && Finite(error) && Finite(size)) {
-    const double memory = counts[kUpdates] > 1 ? kTestMemory : 0;
+    const double memory = counts[kUpdates] > 1 ? kMemory : 0;
     stage->reals[kLeftOver] = T(memory * reals[kLeftOver] + (1 - memory) * error);
     stage->reals[kForetold] = T(memory * reals[kForetold] + (1 - memory) * size);
   }
@@ -310,19 +312,35 @@ NLCG_HOST_DEVICE double LengthFactor(double square, const T* reals, Stage<T>* st
   return Finite(factor) ? factor : 1;
 }
 
+// What shortens a direction that is much longer than the mean (noise.py).
+template <typename T>
+NLCG_HOST_DEVICE double LengthCap(double length, double momentum, const T* reals, Stage<T>* stage) {
+  if (!Finite(T(length))) return 1;
+  const double mean = reals[kMeanLength];
+  if (!(mean > 0)) {
+    stage->reals[kMeanLength] = T(length / (1 - momentum));
+    return 1;
+  }
+  const double cap = length > kGrowth * mean ? kGrowth * mean / length : 1;
+  stage->reals[kMeanLength] = T(kMemory * mean + (1 - kMemory) * cap * length);
+  return cap;
+}
+
 // After sweep 1 of BFGS.
 template <typename T>
 NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const T* reals,
                                       const int64_t* counts, const Sums& sums, Stage<T>* stage) {
   const T curvature = T(sums.of[kYs]), scaled = T(sums.of[kShs]);
+  const double slope = sums.of[kSlope], previous_slope = slope - sums.of[kYs];
   stage->skip = stage->skip || sums.of[kCheck] != 0;
   stage->accepted = !stage->first && curvature > T(kTiny) && scaled > T(kTiny) &&
+                    curvature > kResolution * (fabs(slope) + fabs(previous_slope)) &&
                     Finite(curvature) && Finite(scaled);
   stage->inv_ys = T(1) / curvature;
   stage->inv_shs = T(1) / scaled;
   stage->reals[kCurvature] = curvature;
   if (settings.rule == kBlended) {
-    TestNoise(reals, counts, sums.of[kSlope], sums.of[kSlope] - sums.of[kYs], stage);
+    TestNoise(reals, counts, slope, previous_slope, stage);
   }
   stage->forget = T((1 - settings.decay) * (1 - stage->kappa));
 }
@@ -335,14 +353,14 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
   stage->skip = stage->skip || sums.of[kCheck] != 0;
   double mean = 1;
   if (UsesBfgs(settings)) {
-    if (elements > 0) mean = elements / sums.of[kDivisor];
+    if (elements > 0) mean = elements / sums.of[kInverse];
   } else {
     stage->reals[kCurvature] = 0;
     if (settings.rule == kBlended) {
       TestNoise(reals, counts, sums.of[kNewSlope], sums.of[kOldSlope], stage);
     }
     if (settings.preconditioner == kRms) {
-      mean = sqrt(sums.of[kGg] / sums.of[kDivisor]);
+      mean = sqrt(sums.of[kGg] / sums.of[kQq]);
       // Where the squares vanish or overflow there is no direction to trust.
       if (!Finite(mean)) mean = 0;
     }
@@ -355,15 +373,30 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
   double beta = ClippedToOne(top / (reals[kDelta] + T(kTiny)));
   if (settings.rule == kBlended) {
     beta = stage->kappa * beta + (1 - stage->kappa) * settings.momentum;
-    stage->alpha *= T(LengthFactor(sums.of[kGg], reals, stage));
-    stage->reals[kStepSize] = stage->alpha;
-    stage->skip = stage->skip || !Finite(stage->alpha);
   }
   stage->beta = stage->first ? T(0) : T(beta);
   stage->reals[kDelta] = delta;
   stage->reals[kBeta] = stage->beta;
   stage->reals[kKappa] = T(stage->kappa);
   LookAhead(stage->beta, stage->scale, T(stage->kappa), &stage->kept, &stage->ahead);
+  stage->reals[kCap] = 1;
+  if (settings.rule != kBlended) return;
+  // The step is of_d d - of_q q.
+  double of_d = stage->beta, of_q = stage->scale;
+  if (settings.nesterov) {
+    of_d *= stage->kept;
+    of_q = stage->kept * of_q + stage->ahead;
+  }
+  double square = of_d * of_d * sums.of[kDd] + of_q * of_q * sums.of[kQq];
+  square -= 2 * of_d * of_q * sums.of[kQd];
+  const double factor = LengthFactor(sums.of[kGg], reals, stage);
+  const double length = factor * sqrt(square > 0 ? square : 0);
+  const T cap = T(LengthCap(length, settings.momentum, reals, stage));
+  stage->reals[kCap] = cap;
+  for (T* x : {&stage->beta, &stage->scale, &stage->ahead}) *x *= cap;
+  stage->alpha *= T(factor);
+  stage->reals[kStepSize] = stage->alpha;
+  stage->skip = stage->skip || !Finite(stage->alpha);
 }
 
 // After sweep 3: the scalars are written.

@@ -170,7 +170,7 @@ struct ProductBody {
   NLCG_HOST_DEVICE Sums Result() const { return {{Sum<T>(check), gd.Result()}}; }
 };
 
-// What beta needs, and without BFGS what the trapezoid test needs.
+// What beta needs, and for the blended rule the step's length and, without BFGS, the trapezoid test.
 template <typename T>
 struct DirectionSums {
   using V = typename Simd<T>::Vector;
@@ -178,11 +178,17 @@ struct DirectionSums {
   const Previous<T>& previous;
   const int rule;
   const bool nesterov;
-  V check = {}, fresh = {}, divisor = {}, mid = {}, gg = {}, new_slope = {}, old_slope = {};
-  NLCG_HOST_DEVICE void Add(V g, V quotient) {
+  V check = {}, fresh = {}, inverse = {}, mid = {}, gg = {}, new_slope = {}, old_slope = {};
+  V qq = {}, qd = {}, dd = {};
+  NLCG_HOST_DEVICE void Add(V g, V quotient, int64_t i, int64_t n) {
     check += g - g;
     fresh += g * quotient;
     gg += g * g;
+    qq += quotient * quotient;
+    if (rule != kBlended) return;
+    const V d = Load(v.d + i, n);
+    qd += quotient * d;
+    dd += d * d;
   }
   NLCG_HOST_DEVICE void AddMid(V g, V old_divisor, int64_t i, int64_t n) {
     if (rule == kPolakRibiere) mid += g * (Load(v.g_prev + i, n) / old_divisor);
@@ -195,8 +201,8 @@ struct DirectionSums {
     old_slope += g_prev * s;
   }
   NLCG_HOST_DEVICE Sums Result() const {
-    return {{Sum<T>(check), Sum<T>(fresh), Sum<T>(divisor), Sum<T>(mid), Sum<T>(gg),
-             Sum<T>(new_slope), Sum<T>(old_slope)}};
+    return {{Sum<T>(check), Sum<T>(fresh), Sum<T>(inverse), Sum<T>(mid), Sum<T>(gg),
+             Sum<T>(new_slope), Sum<T>(old_slope), Sum<T>(qq), Sum<T>(qd), Sum<T>(dd)}};
   }
 };
 
@@ -218,10 +224,10 @@ struct HessianBody {
     if (stage.forget != 0) h = Forget(h, stage.forget);
     if (kAccepted || stage.forget != 0) Store(v.h + i, h, n);
     V inverse = T(1) / (h + epsilon);
-    sums.Add(g, g * inverse);
+    sums.Add(g, g * inverse, i, n);
     // Elements that are not there have no part in the sum over 1 / h.
     for (int64_t j = n; j < Lanes<T>(); ++j) inverse[j] = 0;
-    sums.divisor += inverse;
+    sums.inverse += inverse;
     sums.AddMid(g, h_before + epsilon, i, n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
@@ -236,7 +242,7 @@ struct PlainBody {
   DirectionSums<T> sums;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), divisor = V{} + (T(1) + epsilon);
-    sums.Add(g, g / divisor);
+    sums.Add(g, g / divisor, i, n);
     sums.AddMid(g, divisor, i, n);
     sums.AddSlopes(g, divisor, step, i, n);
   }
@@ -251,9 +257,7 @@ struct RmsBody {
   DirectionSums<T> sums;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), before = Load(v.h + i, n);
-    const V quotient = g / (Sqrt(SecondMoment(before, g, forget)) + epsilon);
-    sums.Add(g, quotient);
-    sums.divisor += quotient * quotient;
+    sums.Add(g, g / (Sqrt(SecondMoment(before, g, forget)) + epsilon), i, n);
     if (sums.rule == kFletcherReeves) return;
     const V old_divisor = Sqrt(before) + epsilon;
     sums.AddMid(g, old_divisor, i, n);

@@ -146,7 +146,8 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
   const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
   const bool accepted = kPreconditioner == kBfgs && stage.accepted;
   const bool tests = kPreconditioner != kBfgs && settings.rule == kBlended;
-  T check = 0, fresh = 0, divisors = 0, mid = 0, gg = 0, new_slope = 0, old_slope = 0;
+  T check = 0, fresh = 0, inverse = 0, mid = 0, gg = 0, new_slope = 0, old_slope = 0;
+  T qq = 0, qd = 0, dd = 0;
 #pragma unroll 4
   for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
     const T g = v.g[i];
@@ -161,16 +162,21 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
       if (stage.forget != 0) h = Forget(h, stage.forget);
       if (accepted || stage.forget != 0) v.h[i] = h;
       divisor = h + epsilon;
-      divisors += T(1) / divisor;
+      inverse += T(1) / divisor;
     } else if (kPreconditioner == kRms) {
       const T before = v.h[i];
       old_divisor = Sqrt(before) + epsilon;
       divisor = Sqrt(SecondMoment(before, g, forget)) + epsilon;
-      divisors += (g / divisor) * (g / divisor);
     }
     check += g - g;
-    fresh += g * (g / divisor);
+    const T q = g / divisor;
+    fresh += g * q;
     gg += g * g;
+    qq += q * q;
+    if (settings.rule == kBlended) {
+      qd += q * v.d[i];
+      dd += v.d[i] * v.d[i];
+    }
     if (settings.rule == kPolakRibiere) mid += g * (v.g_prev[i] / old_divisor);
     if (tests) {
       const T s = LastStep(settings, previous, v, step, old_divisor, i);
@@ -178,8 +184,8 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
       old_slope += v.g_prev[i] * s;
     }
   }
-  return {{double(check), double(fresh), double(divisors), double(mid), double(gg),
-           double(new_slope), double(old_slope)}};
+  return {{double(check), double(fresh), double(inverse), double(mid), double(gg),
+           double(new_slope), double(old_slope), double(qq), double(qd), double(dd)}};
 }
 
 template <typename T, int kPreconditioner>

@@ -103,6 +103,7 @@ void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
   const bool first = b->counts[0] == 0, bfgs = nlcg::UsesBfgs(s), rms = s.preconditioner == nlcg::kRms;
   const bool scaled = s.preconditioner == nlcg::kNormalizedBfgs || rms;
   const double scale_prev = scaled ? b->reals[nlcg::kMean] : 1, beta_prev = b->reals[nlcg::kBeta];
+  const double cap_prev = b->reals[nlcg::kCap];
   const double ahead_prev = s.nesterov ? 1 - b->reals[nlcg::kKappa] : 0;
   const size_t n = b->w.size();
   double elements = 0;
@@ -116,10 +117,11 @@ void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
   };
   const auto last_step = [&](size_t v, size_t i) {
     const double d = b->d[v][i], z = -scale_prev * b->g_prev[v][i] / divisor(v, i);
-    return b->reals[nlcg::kStepSize] * b->ratios[v] * (d + ahead_prev * (z + beta_prev * d - d));
+    const double ahead = cap_prev * z + beta_prev * d - d;
+    return b->reals[nlcg::kStepSize] * b->ratios[v] * (d + ahead_prev * ahead);
   };
   double ys = 0, shs = 0, mid = 0, fresh = 0, squares = 0, inverses = 0;
-  double gd = 0, gg = 0, slope = 0, old_slope = 0, dd = 0;
+  double gd = 0, gg = 0, slope = 0, old_slope = 0, dd = 0, length = 0;
   each([&](size_t v, size_t i) {
     const double g = b->g[v][i], p = b->g_prev[v][i], step = last_step(v, i);
     ys += (g - p) * step;
@@ -152,7 +154,8 @@ void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
       factor = std::pow(reals[nlcg::kFirstSquare] / reals[nlcg::kMeanSquare], (1 - kappa) / 2);
     }
   }
-  const bool accepted = bfgs && !first && ys > 1e-30 && shs > 1e-30;
+  const bool resolved = ys > 1e-4 * (std::abs(slope) + std::abs(old_slope));
+  const bool accepted = bfgs && !first && resolved && ys > 1e-30 && shs > 1e-30;
   each([&](size_t v, size_t i) {
     const double g = b->g[v][i], y = g - b->g_prev[v][i], step = last_step(v, i);
     double h = b->h[v][i];
@@ -184,13 +187,27 @@ void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
   }
   const double alpha = factor * rate * (s.line_search == nlcg::kNoLineSearch ? 1 : search);
   const double ahead = s.nesterov ? 1 - kappa : 0;
+  each([&](size_t v, size_t i) {
+    const double z = -scale * b->g[v][i] / divisor(v, i), d = beta * b->d[v][i] + z;
+    const double step = factor * (d + ahead * (z + beta * d - d));
+    length += step * step;
+  });
+  length = std::sqrt(length);
+  const double mean_length = reals[nlcg::kMeanLength];
+  double cap = 1;
+  if (s.rule == nlcg::kBlended && mean_length == 0) {
+    reals[nlcg::kMeanLength] = T(length / (1 - s.momentum));
+  } else if (s.rule == nlcg::kBlended) {
+    cap = std::fmin(1, 2 * mean_length / length);
+    reals[nlcg::kMeanLength] = T(0.9 * mean_length + 0.1 * cap * length);
+  }
   for (size_t v = 0; v < n; ++v) {
     double ww = 0, norm = 0;
     std::vector<double> steps(b->w[v].size());
     for (size_t i = b->offset; i < b->w[v].size(); ++i) {
       const double z = -scale * b->g[v][i] / divisor(v, i), d = beta * b->d[v][i] + z;
-      steps[i] = d + ahead * (z + beta * d - d);
-      b->d[v][i] = T(d);
+      steps[i] = cap * (d + ahead * (z + beta * d - d));
+      b->d[v][i] = T(cap * d);
       gd += b->g[v][i] * steps[i];
       dd += steps[i] * steps[i];
       norm += steps[i] * steps[i];
@@ -212,6 +229,7 @@ void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
   b->reals[nlcg::kCosine] = gg > 0 && dd > 0 ? T(-gd / std::sqrt(gg) / std::sqrt(dd)) : T(0);
   b->reals[nlcg::kKappa] = T(kappa);
   b->reals[nlcg::kMean] = T(mean);
+  b->reals[nlcg::kCap] = T(cap);
   b->counts[nlcg::kUpdates] += 1;
   b->counts[nlcg::kRejected] += bfgs && !first && !accepted;
   b->counts[nlcg::kLastApplied] = 1;
