@@ -35,6 +35,7 @@ class BuildFusedOp(build_ext):
         except RuntimeError as error:
             # NLCG works without it, only slower, and says at run time how to build it.
             print(f"warning: the fused op was not built: {error}", file=sys.stderr)
+            target.unlink(missing_ok=True)  # of an earlier build
             self.extensions.remove(extension)
 
 

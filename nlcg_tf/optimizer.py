@@ -17,6 +17,10 @@ from nlcg_tf.composed import COUNTS, REALS
 loss_scaling.forward_loss_to_inner_optimizer()
 logger = logging.getLogger("nlcg_tf")
 
+# In `observed_loss` where none was observed since the last `apply`. As a loss it is not finite: an
+# update with it is skipped.
+NO_LOSS = -np.inf
+
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 class NLCG(CountsUpdates, keras.optimizers.Optimizer):
@@ -122,7 +126,11 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         self._uses_loss = self.line_search is not None or update_rule == "blended"
         if self._uses_loss:
             # A custom loop may observe a loss before the first update builds the slots.
-            self.observed_loss = self._add_state("observed_loss", 0.0, keras.config.floatx())
+            self.observed_loss = self._add_state("observed_loss", NO_LOSS, keras.config.floatx())
+            self.update_loss = self.observed_loss
+            if self.gradient_accumulation_steps:
+                # The mean over the micro-steps whose gradients were applied.
+                self.update_loss = self._add_state("update_loss", 0.0, keras.config.floatx())
         self._pending_loss = None
         self._loss_is_known = self._loss_comes_from_graph = False
         self._count_without_slots = len(self.variables)
@@ -197,18 +205,13 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         if keras.backend.backend() == "tensorflow":
             from nlcg_tf import replicas
 
-            self._store_loss(replicas.sum_over_replicas([loss])[0])
+            self.observed_loss.assign(replicas.sum_over_replicas([loss])[0])
             # What is traced once runs many times: from then on a graph brings the losses.
             self._loss_comes_from_graph |= replicas.is_tracing()
         else:
             # A stateless training step keeps no assignment made outside `stateless_apply`.
             self._pending_loss = loss
         self._loss_is_known = True
-
-    def _store_loss(self, loss):
-        position = ops.cast(self._micro_step(), loss.dtype)
-        mean = self.observed_loss + (loss - self.observed_loss) / (position + 1)
-        self.observed_loss.assign(ops.where(position == 0, loss, mean))
 
     def scale_loss(self, loss):
         """Keras' hook before the gradients are computed: here the optimizer sees the loss."""
@@ -220,22 +223,40 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
 
         Raises:
             ValueError: if no loss was observed since the last call, and the line search or
-                the update rule needs one.
+                the update rule needs one. (In a graph that was traced before, such an update is
+                skipped.)
         """
-        if self._uses_loss:
-            if not (self._loss_is_known or self._loss_comes_from_graph):
-                raise ValueError(
-                    "NLCG has not seen the loss of this update. Call "
-                    "`optimizer.observe_loss(loss)` before the gradients are applied. Without a "
-                    "loss work `update_rule='fletcher_reeves'` or 'polak_ribiere' with "
-                    f"`line_search=None`. Received: update_rule={self.update_rule!r}, "
-                    f"line_search={self.line_search!r}"
-                )
-            self._loss_is_known = False
-            if self._pending_loss is not None:
-                loss, self._pending_loss = self._pending_loss, None
-                self._store_loss(loss)
+        if not self._uses_loss:
+            super().apply(grads, trainable_variables)
+            return
+        self._check_loss()
+        if self._pending_loss is not None:
+            loss, self._pending_loss = self._pending_loss, None
+            self.observed_loss.assign(loss)
+        if self.update_loss is not self.observed_loss:
+            # Here, not where it is observed: loss scaling may drop a micro-step in between.
+            position = ops.cast(self._micro_step(), self.update_loss.dtype)
+            loss = ops.convert_to_tensor(self.observed_loss)
+            mean = self.update_loss + (loss - self.update_loss) / (position + 1)
+            self.update_loss.assign(ops.where(position == 0, loss, mean))
         super().apply(grads, trainable_variables)
+        self.observed_loss.assign(ops.full((), NO_LOSS, self.observed_loss.dtype))
+
+    def _check_loss(self):
+        known = self._loss_is_known or self._loss_comes_from_graph
+        if keras.backend.backend() == "tensorflow":
+            from nlcg_tf import replicas
+
+            if not replicas.is_tracing():
+                known = self.observed_loss.numpy() != NO_LOSS
+        self._loss_is_known = False
+        if not known:
+            raise ValueError(
+                "NLCG has not seen the loss of this update. Call `optimizer.observe_loss(loss)` "
+                "before the gradients are applied. Without a loss work "
+                "`update_rule='fletcher_reeves'` or 'polak_ribiere' with `line_search=None`. "
+                f"Received: update_rule={self.update_rule!r}, line_search={self.line_search!r}"
+            )
 
     def _apply_weight_decay(self, variables):
         """Left to the update, so that a skipped update leaves the weights alone."""
@@ -259,7 +280,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         if self.lars_coefficient:
             variables["trust_ratios"] = self.trust_ratios
         if self._uses_loss:
-            variables["loss"] = self.observed_loss
+            variables["loss"] = self.update_loss
 
         def update(tensors, variables):
             *gradients, learning_rate = tensors

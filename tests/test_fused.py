@@ -141,15 +141,18 @@ def test_fused_true_raises_where_it_cannot_be_met(fused_library):
         model.fit(x, y, verbose=0)
 
 
-@pytest.mark.parametrize("problem", ["missing", "built for another TensorFlow", "damaged"])
+@pytest.mark.parametrize("problem", ["missing", "another TensorFlow", "other sources", "damaged"])
 def test_an_unusable_library_falls_back_with_one_warning(problem, tmp_path, fused_library):
     """In a process of its own, whose library is replaced: Python loads one only once."""
     library = tmp_path / "libnlcg_update.so"
     original = nlcg_update.LIBRARY.read_bytes()
-    if problem == "built for another TensorFlow":
+    if problem == "another TensorFlow":
         version = tf.__version__.encode()
         assert original.count(b'"tensorflow": "' + version) == 1
         library.write_bytes(original.replace(b'"' + version + b'"', b'"1.23.4"'))
+    elif problem == "other sources":
+        digest = nlcg_update._recorded()["sources"].encode()
+        library.write_bytes(original.replace(digest, digest[::-1]))
     elif problem == "damaged":
         record = original[original.find(b"nlcg_build_info") :]
         library.write_bytes(b"no library, but with the record of one\0" + record)
@@ -181,7 +184,9 @@ except RuntimeError as error:
     assert warning.endswith("True")
     for line in (result.stdout, error):
         assert "python -m nlcg_tf.fused.build" in line
-    if problem == "built for another TensorFlow":
+    if problem == "other sources":
+        assert "built from other sources" in error
+    if problem == "another TensorFlow":
         assert f"built for TensorFlow 1.23.4, found {tf.__version__}" in error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,11 +227,27 @@ def test_checkpoints_are_whole_and_the_newest_whole_one_is_taken(tmp_path):
     for others in ({"a": a}, {"a": a, "b": b, "c": tf.Variable(0.0)}, {"a": tf.Variable([1.0])}):
         with pytest.raises(ValueError, match="does not fit this run"):
             Checkpoints(tmp_path, **others).restore(path)
-    # What a killed process left is swept away by the next save.
+    # What a killed process left is swept away by the next save; what a user made stays.
     (tmp_path / "partial-00000009-epoch-0000").mkdir()
+    of_users = [tmp_path / "update-best", tmp_path / "partial-best"]
+    for copy in of_users:
+        shutil.copytree(path, copy)
+    assert saved.newest(print)[0] == path
     saved.save(3, 1, {})
     assert [path.name[-4:] for path in saved.all()] == ["0000", "0001"]
-    assert not list(tmp_path.glob("partial-*"))
+    assert not list(tmp_path.glob("partial-0*")) and all(copy.is_dir() for copy in of_users)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path):
+    """A read error may pass; going on from an older checkpoint would end with its removal."""
+    saved = Checkpoints(tmp_path, a=tf.Variable(1.0))
+    for update in (1, 2):
+        saved.save(update, 0, {})
+    meta = saved.all()[-1] / "meta.json"
+    meta.unlink()
+    meta.symlink_to(meta)
+    with pytest.raises(OSError, match=r"meta\.json"):
+        saved.newest(print)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,44 @@ def test_loss_scaling_halves_and_skips_without_touching_nlcg():
     assert inner.diagnostics()["skipped_updates"] == 0
 
 
+@pytest.mark.parametrize("dropped", [100.0, np.nan])
+def test_a_micro_step_that_overflows_has_no_part_in_the_mean_loss(dropped):
+    variable, inner = keras.Variable([1.0, 2.0]), NLCG(0.1, gradient_accumulation_steps=2)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    optimizer.build([variable])
+    for loss, element in ((1.0, 8.0), (dropped, np.inf), (3.0, 8.0)):
+        optimizer.scale_loss(tf.constant(loss))
+        optimizer.apply([tf.constant([element, 8.0])], [variable])
+    assert inner.diagnostics()["updates"] == 1
+    assert inner.reals.numpy()[inner.real_names.index("previous_loss")] == 2.0
+
+
+def test_of_a_loss_that_is_told_twice_the_second_counts():
+    variable, optimizer = keras.Variable([1.0]), NLCG(0.1, gradient_accumulation_steps=2)
+    for loss in (0.0, 2.0):
+        optimizer.observe_loss(loss)
+        optimizer.scale_loss(tf.constant(loss))
+        optimizer.apply([tf.constant([1.0])], [variable])
+    assert optimizer.reals.numpy()[optimizer.real_names.index("previous_loss")] == 1.0
+
+
+def test_a_loss_serves_one_update(fused_library):
+    """After training in a graph too."""
+    variable, optimizer = keras.Variable([1.0]), NLCG(0.1)
+    optimizer.build([variable])
+
+    @tf.function
+    def step(loss):
+        optimizer.observe_loss(loss)
+        optimizer.apply([tf.ones(1)], [variable])
+
+    step(tf.constant(1.0))
+    before = variable.numpy()
+    with pytest.raises(ValueError, match="has not seen the loss"):
+        optimizer.apply([tf.ones(1)], [variable])
+    assert variable.numpy() == before
+
+
 @pytest.mark.parametrize("form", FORMS[1:3], ids=FORM_IDS[1:3])
 def test_mirrored_strategy_equals_one_replica(form):
     x, y = regression_data()

@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import tensorflow as tf
 
 STATE = "state"
 META = "meta.json"
+# Folders of another name are a user's own and left alone.
+NAME = re.compile(r"(update|partial)-(\d{8,})-epoch-(\d{4,})")
 
 
 class Checkpoints:
@@ -28,7 +31,12 @@ class Checkpoints:
 
     def all(self):
         """The checkpoints, oldest first, damaged ones too."""
-        return sorted(self.folder.glob("update-*"))
+        return self._named("update")
+
+    def _named(self, kind):
+        names = {path: NAME.fullmatch(path.name) for path in self.folder.glob(f"{kind}-*")}
+        places = {path: (int(m[2]), int(m[3])) for path, m in names.items() if m}
+        return sorted(places, key=places.get)
 
     def save(self, update, epoch, meta):
         """Saves the objects and the JSON object `meta` as the state after so many updates."""
@@ -39,7 +47,7 @@ class Checkpoints:
                 return
             shutil.rmtree(target)
         # What a killed process was writing is of no use to anyone.
-        for left_over in self.folder.glob("partial-*"):
+        for left_over in self._named("partial"):
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
         self._checkpoint.write(str(partial / STATE))
@@ -64,6 +72,8 @@ class Checkpoints:
 
         Raises:
             ValueError: if there are checkpoints, and all are damaged.
+            OSError: if one cannot be read, which need not mean that it is damaged: going on from
+                an older one would end with the removal of this one.
         """
         saved = self.all()
         for path in reversed(saved):
@@ -91,12 +101,19 @@ class Checkpoints:
             raise ValueError(f"checkpoint {path} does not fit this run: {error}") from error
 
 
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
 def damage(path):
-    """What is wrong with the files of the checkpoint at `path`, or `None`."""
+    """What is wrong with the files of the checkpoint at `path`, or `None`.
+
+    Raises:
+        OSError: if a file is there and cannot be read.
+    """
     try:
         files = _meta(path)["files"]
         changed = [name for name, digest in files.items() if _digest(path / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(changed)} changed since it was written" if changed else None
 

@@ -4,6 +4,7 @@ Needs g++ (or another compiler in CXX). `NLCG_CUDA=auto|0|1` leaves out or deman
 auto builds them when nvcc is found (in PATH, or in CUDA_HOME) and TensorFlow was built for CUDA.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ import tempfile
 
 HERE = pathlib.Path(__file__).parent
 LIBRARY = "libnlcg_update.so"
+SOURCES = ("nlcg_update.h", "nlcg_update_cpu.cc", "nlcg_update_op.cc")
+SOURCES += ("nlcg_update_cuda.h", "nlcg_update_cuda.cu", "build.py")
 # No -ffast-math, which breaks the checks for NaN; no contraction to FMA: all machines round alike.
 # Nobody asks errno about a square root, which is not vectorised otherwise.
 FLAGS = ["-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
@@ -24,6 +27,14 @@ ARCHITECTURES = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 ]
+
+
+def sources_digest():
+    """A digest of what the library is built from; `None` where the sources are not all there."""
+    try:
+        return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in SOURCES)).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def build(folder=HERE):
@@ -62,6 +73,7 @@ def _build(folder, tf, compiler, nvcc):
         # Without the paths of this machine, which say nothing on another.
         "flags": " ".join(flag for flag in compile_flags if not flag.startswith("-I")),
         "cuda": nvcc is not None,
+        "sources": sources_digest(),
     }
     with tempfile.TemporaryDirectory() as work:
         objects, links = [], tf.sysconfig.get_link_flags()
@@ -85,10 +97,16 @@ def _build(folder, tf, compiler, nvcc):
         finished = str(pathlib.Path(work, LIBRARY))
         _run([*shlex.split(compiler), "-shared", *objects, "-o", finished, *links])
         target = pathlib.Path(folder, LIBRARY)
-        # A process that has the old library loaded keeps it.
-        partial = target.with_suffix(".partial")
-        shutil.copyfile(finished, partial)
-        partial.replace(target)
+        # A process that has the old library loaded keeps it; another build has a name of its own.
+        descriptor, partial = tempfile.mkstemp(prefix=f"{LIBRARY}.", dir=folder)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(pathlib.Path(finished).read_bytes())
+            os.chmod(partial, 0o755)
+            os.replace(partial, target)
+        except BaseException:
+            os.unlink(partial)
+            raise
     return target
 
 

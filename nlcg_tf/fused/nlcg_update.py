@@ -24,6 +24,8 @@ def _load():
     """Returns `(module, None)`, or `(None, why the op is not available)`."""
     import tensorflow as tf
 
+    from nlcg_tf.fused.build import sources_digest  # it runs as a program too
+
     if not LIBRARY.is_file():
         return None, f"the fused op is not built. Run `{BUILD_COMMAND}`"
     built_for = _recorded().get("tensorflow")
@@ -32,6 +34,8 @@ def _load():
             f"the fused op was built for TensorFlow {built_for}, found {tf.__version__}. "
             f"Run `{BUILD_COMMAND}`"
         )
+    if sources_digest() not in (None, _recorded().get("sources")):
+        return None, f"the fused op was built from other sources. Run `{BUILD_COMMAND}`"
     try:
         return tf.load_op_library(str(LIBRARY)), None
     except (tf.errors.OpError, OSError) as error:
@@ -57,8 +61,8 @@ def build_info():
 
     Returns:
         dict with "available", "reason" (why not, or `None`), "library" (its path), "tensorflow"
-        (the version it was built for), "compiler", "flags" and "cuda" (whether it has GPU kernels);
-        the last four are missing where there is no library.
+        (the version it was built for), "compiler", "flags", "cuda" (whether it has GPU kernels) and
+        "sources" (their digest); the last five are missing where there is no library.
     """
     if keras.backend.backend() == "tensorflow":
         reason = _load()[1]

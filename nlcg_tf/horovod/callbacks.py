@@ -96,6 +96,6 @@ class CheckIdentical(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         # In the middle of a virtual batch each worker has gradients of its own.
         own = {id(v) for v in getattr(optimizer, "_accumulated_gradients", ())}
-        own.add(id(getattr(optimizer, "observed_loss", None)))
+        own |= {id(getattr(optimizer, name, None)) for name in ("observed_loss", "update_loss")}
         state = [v for v in optimizer.variables if id(v) not in own]
         check_identical([*self.model.trainable_variables, *state])

@@ -93,10 +93,24 @@ def average_moving_statistics(model):
     """Averages the model's floating-point state (batch norm's moving mean and variance).
 
     Each worker sees its own part of the batch; call this before evaluation and before saving.
+    Frozen layers, and what is the same on all workers, keep their bits.
     """
-    statistics = [v for v in model.non_trainable_variables if "float" in str(v.dtype)]
-    for variable, mean in zip(statistics, average([tf.convert_to_tensor(v) for v in statistics])):
-        variable.assign(mean)
+    statistics = [
+        v
+        for layer in model._flatten_layers()
+        if layer.trainable
+        for v in layer._non_trainable_variables
+        if "float" in str(v.dtype)
+    ]
+    if not statistics:
+        return
+    own = tf.concat([tf.reshape(tf.cast(v, tf.float64), [-1]) for v in statistics], axis=0)
+    # The mean of three equal numbers need not be that number; that of three zeros is zero.
+    first = hvd.broadcast(own, 0, name="Horovod_first_statistics")
+    mean = first + hvd.allreduce(own - first, op=hvd.Average, name="Horovod_statistics")
+    sizes = [v.shape.num_elements() for v in plain(statistics)]
+    for variable, part in zip(statistics, tf.split(mean, sizes)):
+        variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
 
 
 def check_identical(variables):

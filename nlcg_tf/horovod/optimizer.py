@@ -88,8 +88,8 @@ class _Distributed(CountsUpdates):
                 "worker for each device and leave the strategy out."
             )
         dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
-        # Only NLCG has a loss to average, and only with a line search.
-        loss = getattr(optimizer, "observed_loss", None)
+        # Only NLCG has a loss to average, and only where its settings need one.
+        loss = getattr(optimizer, "update_loss", None)
         extra = [*self._average_with, *([] if loss is None else [loss])]
         averages = average(
             [*(self._compress(g) for g in dense), *(tf.convert_to_tensor(x) for x in extra)]

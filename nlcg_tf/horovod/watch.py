@@ -74,6 +74,8 @@ class Watch:
                 # Worker 0 knows more, and the job ends with the first worker that leaves.
                 time.sleep(self.beat)
         self._ended.set()
+        with contextlib.suppress(OSError):  # wakes the thread, which waits for messages
+            self._socket.sendto(b"", ("127.0.0.1", self._socket.getsockname()[1]))
         self._thread.join()
         self._socket.close()
 

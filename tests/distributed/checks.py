@@ -180,9 +180,24 @@ def check_sums_and_moving_statistics():
     assert hvd.sum_over_workers([1, hvd.rank(), 2**53 - 2]) == [2, 1, 2.0 * (2**53 - 2)]
     model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
     mean = model.layers[0].moving_mean
-    mean.assign([float(hvd.rank()), 3.0])
-    hvd.average_moving_statistics(model)
-    np.testing.assert_array_equal(mean.numpy(), [0.5, 3.0])
+    frozen = keras.Sequential(
+        [keras.Input((2,)), model, keras.layers.Dense(1), keras.layers.BatchNormalization()]
+    )
+    for layer in frozen.layers[1:]:
+        layer.trainable = False
+    mean.assign([float(hvd.rank()), 0.1])
+    others = [v for layer in frozen.layers[1:] for v in layer.variables]
+    for variable in others:
+        variable.assign(keras.ops.full(variable.shape, hvd.rank() + 1.0))
+    hvd.average_moving_statistics(frozen)
+    np.testing.assert_array_equal(mean.numpy(), np.float32([0.5, 0.1]))
+    assert all((v.numpy() == hvd.rank() + 1.0).all() for v in others)
+
+
+def check_the_watch_ends_at_once():
+    """Not after its next beat, which is in 100 minutes."""
+    with hvd.Watch(seconds=36_000):
+        pass
 
 
 def check_loss_scaling_skips_on_all_workers_or_none():
