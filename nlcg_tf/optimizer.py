@@ -1,4 +1,4 @@
-"""The NLCG optimizer (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886)."""
+"""The NLCG optimizer, after Adya, Palakkode & Tuzel 2018, arXiv 1812.02886."""
 
 import json
 import logging
@@ -30,22 +30,23 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
     of the preconditioned gradient. One update with gradient g:
 
         z = -P g,  delta_new = -g^T z                          see `nlcg_tf.preconditioner`
-        beta = delta_new / delta                               "fletcher_reeves"
-        beta = (delta_new + z_prev^T g) / delta                "polak_ribiere"
-        d = z + clip(beta, 0, 1) d,  delta = delta_new
-        alpha = learning_rate * learning_rate_scale            see `nlcg_tf.line_search`
-        w = w + alpha d
-
-    With `preconditioner="bfgs"` and `line_search="online"` that is Algorithm 1 of the paper. For
-    mini-batches whose gradients are noisy there is `update_rule="blended"`: kappa in [0, 1] tells
-    how far the last change of the loss was what the gradients foretold (`nlcg_tf.noise`), and
-
         beta = kappa clip(delta_new / delta, 0, 1) + (1 - kappa) momentum
-        alpha = alpha (||g_first|| / ||g||)^(1 - kappa)        ||g||^2 a running mean
+        d = z + beta d,  delta = delta_new
+        alpha = learning_rate (||g_first|| / ||g||)^(1 - kappa)        ||g||^2 a running mean
+        w = w + alpha (d + (1 - kappa) (z + beta d - d))       Nesterov's look-ahead
 
-    and, with `nesterov`, the step is d + (1 - kappa) (z + beta d - d), where the other rules have
-    kappa = 0. A step longer than twice the running mean of their lengths is shortened to that, and
-    d with it. So full batches get conjugate gradients and noisy ones momentum.
+    kappa in [0, 1] tells how far the last change of the loss was what the gradients foretold
+    (`nlcg_tf.noise`): full batches get conjugate gradients, noisy ones momentum. A step longer than
+    twice the running mean of their lengths is shortened to that, and d with it.
+
+    Algorithm 1 of the paper is `NLCG(update_rule="fletcher_reeves", preconditioner="bfgs",
+    line_search="online", nesterov=False)`, with
+
+        beta = clip(delta_new / delta, 0, 1)                   "fletcher_reeves"
+        beta = clip((delta_new + z_prev^T g) / delta, 0, 1)    "polak_ribiere"
+        w = w + learning_rate learning_rate_scale d            see `nlcg_tf.line_search`
+
+    Those two rules look at no loss: kappa is 0, and a look-ahead is a whole one.
 
     State: slots of the shape of each variable, 4 bytes a float32 parameter each: d; the
     preconditioner's; and the gradient before, unless the rule is Fletcher-Reeves and the
@@ -66,15 +67,14 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
     losses are averaged, schedules and EMA advance once an update.
 
     Args:
-        learning_rate: float, a `LearningRateSchedule` (a step is an update), or a callable. The
-            largest step size; the line search scales it down.
-        update_rule: `"fletcher_reeves"`, `"polak_ribiere"` or `"blended"`.
-        preconditioner: `"bfgs"` (the paper's), `"normalized_bfgs"`, `"rms"`, `None` (P g = g), or
+        learning_rate: float, a `LearningRateSchedule` (a step is an update), or a callable.
+        update_rule: `"blended"`, `"fletcher_reeves"` or `"polak_ribiere"`.
+        preconditioner: `"normalized_bfgs"`, `"bfgs"` (the paper's), `"rms"`, `None` (P g = g), or
             an object of `nlcg_tf.preconditioner` with settings of your own.
-        line_search: `"online"` (the paper's), `"step"` (the released code's default), `None`, or
+        line_search: `None`, `"online"` (the paper's), `"step"` (the released code's default), or
             an object of `nlcg_tf.line_search` with thresholds of your own.
-        nesterov: bool. Whether the step looks ahead along the coming direction: w + alpha (z +
-            beta d), as Keras' `SGD(nesterov=True)`.
+        nesterov: bool. Whether the step looks ahead along the coming direction, as Keras'
+            `SGD(nesterov=True)`.
         momentum: float in [0, 1), beta of gradients that are nothing but noise; for `"blended"`.
         epsilon: float, at least 1e-37; added to what gradients are divided by.
         lars_coefficient: float > 0 or `None`. If set, the step of each variable v is scaled by
@@ -96,10 +96,10 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
     def __init__(
         self,
         learning_rate=0.1,
-        update_rule="fletcher_reeves",
-        preconditioner="bfgs",
-        line_search="online",
-        nesterov=False,
+        update_rule="blended",
+        preconditioner="normalized_bfgs",
+        line_search=None,
+        nesterov=True,
         momentum=0.9,
         epsilon=1e-8,
         lars_coefficient=None,

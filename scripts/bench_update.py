@@ -44,8 +44,8 @@ FORMS = {
 
 
 def nlcg(fused=True, **settings):
-    rule = settings.pop("update_rule", "fletcher_reeves")
-    return nlcg_tf.NLCG(1e-4, rule, line_search=None, fused=fused, **settings)
+    settings = {"update_rule": "fletcher_reeves", "nesterov": False, **settings}
+    return nlcg_tf.NLCG(1e-4, line_search=None, fused=fused, **settings)
 
 
 OPTIMIZERS = {

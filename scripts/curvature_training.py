@@ -24,17 +24,13 @@ def make_training(problem, optimizer, updates):
 def make_optimizer(name):
     """The trainers' optimizer by its name in `STYLES`; the rate is set later."""
     kind, *words = name.split("-")
-    arguments = {
-        "update_rule": "blended",
-        "preconditioner": "normalized_bfgs",
-        "line_search": None,
-        "nesterov": True,
-    }
+    arguments = {}
     if {"fr", "pr"} & set(words):
         arguments = {
             "update_rule": "fletcher_reeves" if "fr" in words else "polak_ribiere",
             "preconditioner": "bfgs",
             "line_search": "online",
+            "nesterov": False,
         }
     if "noprec" in words:
         arguments["preconditioner"] = None

@@ -12,11 +12,14 @@ import pandas as pd
 SWEEP_FILE = "sweep.json"
 FAILED_FILE = "failed.json"
 STATUSES = ("finished", "diverged", "failed", "unfinished")
+BLENDED = {"optimizer": "nlcg", "update_rule": "blended", "nesterov": True}
+PAPER = {"optimizer": "nlcg", "preconditioner": "bfgs", "nesterov": False}
 # Name in a command: (name in plots, flags). Their order is that of tables and legends.
 OPTIMIZERS = {
-    "nlcg": ("NLCG-FR", {"optimizer": "nlcg", "update_rule": "fletcher_reeves"}),
-    "nlcg_pr": ("NLCG-PR", {"optimizer": "nlcg", "update_rule": "polak_ribiere"}),
-    "nlcg_blended": ("NLCG", {"optimizer": "nlcg", "update_rule": "blended"}),
+    "nlcg": ("NLCG", {**BLENDED, "preconditioner": "normalized_bfgs"}),
+    "nlcg_rms": ("NLCG-RMS", {**BLENDED, "preconditioner": "rms"}),
+    "nlcg_fr": ("NLCG-FR", {**PAPER, "update_rule": "fletcher_reeves"}),
+    "nlcg_pr": ("NLCG-PR", {**PAPER, "update_rule": "polak_ribiere"}),
     "momentum": ("Momentum", {"optimizer": "momentum"}),
     "nesterov": ("Nesterov", {"optimizer": "nesterov"}),
     "momentum_tf1": ("Momentum, TF1", {"optimizer": "momentum_tf1"}),
@@ -172,7 +175,7 @@ def _record(run, name, flags):
 
 def _display_name(flags):
     for name, chosen in OPTIMIZERS.values():
-        if all(flags.get(key) == value for key, value in chosen.items()):
+        if all(flags.get(key, value) == value for key, value in chosen.items()):
             return name
     return str(flags.get("optimizer"))
 

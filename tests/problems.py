@@ -5,11 +5,25 @@ import numpy as np
 import tensorflow as tf
 from oracle import Oracle
 
+from nlcg_tf import NLCG
+
 SHAPES = [(3, 4), (5,), (), (7, 2, 2), (1, 2400)]
 
 
 def flat(arrays):
     return np.concatenate([np.ravel(np.asarray(a)) for a in arrays]).astype(np.float64)
+
+
+def paper_nlcg(
+    learning_rate=0.1,
+    update_rule="fletcher_reeves",
+    preconditioner="bfgs",
+    line_search="online",
+    **arguments,
+):
+    """NLCG as published, where other settings are not given."""
+    arguments = {"nesterov": False, **arguments}
+    return NLCG(learning_rate, update_rule, preconditioner, line_search, **arguments)
 
 
 def make_oracle(optimizer, weights, **arguments):

@@ -3,7 +3,10 @@
 import numpy as np
 import tensorflow as tf
 
+from nlcg_tf.composed import REALS
+
 SHAPES = [(3, 4), (), (0,), (7,)]
+LENGTH = len(REALS) + 2  # of the vector of scalars with the online line search
 
 
 class Call:
@@ -25,7 +28,7 @@ class Call:
         keeps_gradient = bfgs or update_rule != "fletcher_reeves"
         kinds = 1 + keeps_gradient + (preconditioner != "none")
         self.slots = [make(shape) for _ in range(kinds) for shape in SHAPES]
-        self.reals = tf.Variable(tf.zeros(14, dtype))
+        self.reals = tf.Variable(tf.zeros(LENGTH, dtype))
         self.counts = tf.Variable(tf.zeros(4, tf.int64))
         self.ratios = [tf.Variable(tf.ones(len(SHAPES), dtype))] if lars else []
         keeps_sums = bfgs and not nesterov
@@ -136,8 +139,10 @@ SPOILERS = {
     "a weight as a slot": _replace("slots", 0, lambda call: call.weights[0].handle),
     "the same slot twice": _replace("slots", 4, lambda call: call.slots[0].handle),
     "reals as counts": _set("counts", lambda call: call.reals.handle),
-    "reals too short": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros(13)))),
-    "reals of another rank": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros((14, 1))))),
+    "reals too short": _set("reals", lambda call: call.keep(tf.Variable(tf.zeros(LENGTH - 1)))),
+    "reals of another rank": _set(
+        "reals", lambda call: call.keep(tf.Variable(tf.zeros((LENGTH, 1))))
+    ),
     "counts too long": _set("counts", lambda call: call.keep(tf.Variable(tf.zeros(5, tf.int64)))),
     "counts of another type": _set("counts", lambda call: call.keep(tf.Variable(tf.zeros(4)))),
     "ratios without a coefficient": _set(
@@ -179,7 +184,7 @@ SPOILERS = {
     "too few positions": _set("positions", [0, 1, 2]),
     "uninitialized weight": _replace("weights", 0, lambda call: _uninitialized()),
     "uninitialized slot": _replace("slots", 0, lambda call: _uninitialized()),
-    "uninitialized reals": _set("reals", lambda call: _uninitialized((14,))),
+    "uninitialized reals": _set("reals", lambda call: _uninitialized((LENGTH,))),
     "deleted weight": _replace("weights", 0, lambda call: _deleted()),
     "deleted slot": _replace("slots", 0, lambda call: _deleted()),
     "a hash table as weight": _replace("weights", 0, lambda call: _table()),

@@ -100,7 +100,7 @@ def test_diagnostics_before_and_after_the_first_update():
         "skipped_updates",
         "rejected_curvatures",
     }
-    optimizer = NLCG(0.1, line_search=None)
+    optimizer = NLCG(0.1, "fletcher_reeves")
     assert set(optimizer.diagnostics()) == names
     optimizer.apply([keras.ops.ones(1)], [keras.Variable([1.0])])
     diagnostics = optimizer.diagnostics()

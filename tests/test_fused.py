@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import regression_data, regression_model
+from problems import paper_nlcg, regression_data, regression_model
 from raw_op import LARS_SPOILERS, SPOILERS, Call, fuzz
 
 import nlcg_tf
@@ -52,7 +52,7 @@ def test_a_value_that_was_read_before_does_not_change(fused_library, graph):
 def test_a_gradient_that_is_taken_over_is_not_changed_later(fused_library):
     """The op keeps the buffer of a gradient that nobody else holds as the previous gradient."""
     variable = keras.Variable(np.ones(1000, "float32"))
-    optimizer = NLCG(0.1, line_search=None, fused=True)
+    optimizer = paper_nlcg(0.1, line_search=None, fused=True)
     optimizer.build([variable])
 
     update = tf.function(lambda x: optimizer.apply([x * 2.0], [variable]))
@@ -79,7 +79,7 @@ def test_updates_in_two_threads_do_not_deadlock(fused_library):
         return tf.function(lambda: optimizer.apply([v * 0.1 for v in order], order))
 
     variables = [keras.Variable(np.ones(50_000, "float32")) for _ in range(4)]
-    optimizers = [NLCG(1e-4, line_search=None, fused=True) for _ in range(2)]
+    optimizers = [paper_nlcg(1e-4, line_search=None, fused=True) for _ in range(2)]
     orders = [variables, variables[::-1]]
     steps = []
     for optimizer, order in zip(optimizers, orders):
@@ -165,7 +165,7 @@ nlcg_update.LIBRARY = pathlib.Path({str(library)!r})
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     variable = keras.Variable([1.0])
-    optimizer = nlcg_tf.NLCG(0.1, line_search=None)
+    optimizer = nlcg_tf.NLCG(0.1, "fletcher_reeves")
     for _ in range(3):
         optimizer.apply([tf.constant([1.0])], [variable])
 texts = [str(w.message) for w in seen if "NLCG" in str(w.message)]
@@ -174,7 +174,7 @@ print(texts[0], variable.numpy()[0] < 1)
 info = nlcg_tf.fused.build_info()
 assert not info["available"] and info["reason"] in texts[0]
 try:
-    nlcg_tf.NLCG(0.1, line_search=None, fused=True).apply([tf.constant([1.0])], [variable])
+    nlcg_tf.NLCG(0.1, "fletcher_reeves", fused=True).apply([tf.constant([1.0])], [variable])
 except RuntimeError as error:
     print(error)
 """

@@ -21,9 +21,9 @@ rng = np.random.default_rng(0)
 x = rng.normal(size=(64, 5)).astype("float32")
 y = x @ rng.normal(size=(5, 1)).astype("float32")
 forms = [
-    {"update_rule": "polak_ribiere"},
-    {"update_rule": "blended", "preconditioner": "normalized_bfgs", "nesterov": True},
-    {"update_rule": "blended", "preconditioner": "rms", "line_search": None},
+    {"update_rule": "polak_ribiere", "preconditioner": "bfgs", "nesterov": False},
+    {"line_search": "online"},
+    {"preconditioner": "rms"},
 ]
 for steps, form in itertools.product((None, 2), forms):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1, use_bias=False)])
@@ -32,10 +32,10 @@ for steps, form in itertools.product((None, 2), forms):
     oracle = Oracle(
         w,
         [5],
-        form["update_rule"],
-        form.get("preconditioner", "bfgs"),
-        form.get("line_search", "online"),
-        nesterov=form.get("nesterov", False),
+        form.get("update_rule", "blended"),
+        form.get("preconditioner", "normalized_bfgs"),
+        form.get("line_search"),
+        nesterov=form.get("nesterov", True),
     )
     model.compile(optimizer=optimizer, loss="mse")
     size = 16 // (steps or 1)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import regression_data, regression_model
+from problems import paper_nlcg, regression_data, regression_model
 
 import nlcg_tf
 from nlcg_tf import NLCG
@@ -28,7 +28,7 @@ IDS = [",".join(settings) or "default" for settings in SETTINGS]
 
 def compiled_model(settings):
     model = regression_model()
-    model.compile(optimizer=NLCG(**{"learning_rate": 0.1, **settings}), loss="mse")
+    model.compile(optimizer=paper_nlcg(**{"learning_rate": 0.1, **settings}), loss="mse")
     # TensorFlow's graph optimizer may round a function otherwise that had to be traced twice,
     # because its first call made the slots. A restored optimizer has them before the first call.
     model.optimizer.build(model.trainable_variables)
@@ -182,7 +182,7 @@ def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
     model = compiled_model({})
     train(model, 0, 2)
     stranger = keras.Sequential([keras.Input((4,)), keras.layers.Dense(9), keras.layers.Dense(1)])
-    stranger.compile(optimizer=NLCG(0.1), loss="mse")
+    stranger.compile(optimizer=paper_nlcg(0.1), loss="mse")
     train(stranger, 0, 1)
     store = {}
     model.optimizer.save_own_variables(store)

@@ -24,7 +24,12 @@ CORES = min(2, len(os.sched_getaffinity(0)))
 DEFINITION = {
     "flags": {"dataset": "digits", "epochs": 10},
     "optimizers": {
-        "NLCG-FR": {"optimizer": "nlcg", "update_rule": "fletcher_reeves"},
+        "NLCG-FR": {
+            "optimizer": "nlcg",
+            "update_rule": "fletcher_reeves",
+            "preconditioner": "bfgs",
+            "nesterov": False,
+        },
         "Momentum": {"optimizer": "momentum"},
     },
     "grid": [
@@ -113,6 +118,8 @@ def test_a_definition_gives_every_combination_a_readable_name():
             "data_dir": "/data",
             "optimizer": "nlcg",
             "update_rule": "fletcher_reeves",
+            "preconditioner": "bfgs",
+            "nesterov": False,
             "global_batch_size": 128,
             "learning_rate_factor": 0.25,
             "seed": 0,
@@ -125,7 +132,7 @@ def test_a_definition_gives_every_combination_a_readable_name():
 
 
 def test_one_line_gives_what_the_file_gives():
-    line = sweep_definition.from_line(["nlcg", "momentum"], [128, 512], [10], [0, 1], [])
+    line = sweep_definition.from_line(["nlcg_fr", "momentum"], [128, 512], [10], [0, 1], [])
     extra = sweep_definition.parse_flags(["--dataset=digits"])
     file = {**DEFINITION, "grid": DEFINITION["grid"][:1]}
     assert sweep_definition.expand(line, extra) == sweep_definition.expand(file)

@@ -7,15 +7,14 @@ import tensorflow as tf
 from problems import (
     FollowGradients,
     flat,
+    paper_nlcg,
     regression_data,
     regression_model,
     relative_difference,
 )
 
-from nlcg_tf import NLCG
-
 BATCH, UPDATES = 16, 8
-# The paper's two rules; and the form for noisy gradients, with each preconditioner that it is for.
+# The paper's two rules; and the default, with each preconditioner that it is for.
 BLENDED = {"update_rule": "blended", "line_search": None, "nesterov": True}
 FORMS = [
     {},
@@ -54,7 +53,7 @@ def fit(model, optimizer, x, y, batch=BATCH, updates=UPDATES, **arguments):
 @pytest.mark.parametrize("form", FORMS, ids=FORM_IDS)
 def test_fit(compile_arguments, form):
     x, y = regression_data()
-    model, optimizer = regression_model(), NLCG(0.05, **form)
+    model, optimizer = regression_model(), paper_nlcg(0.05, **form)
     oracle = follow(model, optimizer, x, y)
     fit(model, optimizer, x, y, **compile_arguments)
     assert relative_difference(weights_of(model), oracle.w) < 1e-5
@@ -68,7 +67,7 @@ def test_a_virtual_batch_equals_the_real_batch(form, jit_compile):
     """Accumulation, line search, schedule and weight decay: k micro-batches are one batch."""
     x, y = regression_data()
     schedule = keras.optimizers.schedules.PolynomialDecay(0.05, UPDATES, 0.01)
-    optimizer = NLCG(schedule, **form, gradient_accumulation_steps=4, weight_decay=0.02)
+    optimizer = paper_nlcg(schedule, **form, gradient_accumulation_steps=4, weight_decay=0.02)
     model = regression_model()
     rates = [float(schedule(t)) for t in range(UPDATES)]
     oracle = follow(model, optimizer, x, y, rates=rates, weight_decay=0.02)
@@ -81,7 +80,7 @@ def test_a_virtual_batch_equals_the_real_batch(form, jit_compile):
 @pytest.mark.parametrize("graph", [True, False])
 def test_custom_loop_with_observe_loss(graph):
     x, y = regression_data()
-    model, optimizer = regression_model(), NLCG(0.05)
+    model, optimizer = regression_model(), paper_nlcg(0.05)
     oracle = follow(model, optimizer, x, y)
     optimizer.build(model.trainable_variables)
 
@@ -101,7 +100,7 @@ def test_custom_loop_with_observe_loss(graph):
 
 def test_a_loss_observed_eagerly_reaches_a_compiled_update():
     """The loss of each call counts, not the one that was there when the function was traced."""
-    variable, optimizer = keras.Variable([1.0, 2.0]), NLCG(0.1)
+    variable, optimizer = keras.Variable([1.0, 2.0]), paper_nlcg(0.1)
     optimizer.build([variable])
     apply = tf.function(lambda gradient: optimizer.apply([gradient], [variable]))
     for loss in (1.0, 2.0, 3.0):
@@ -111,7 +110,7 @@ def test_a_loss_observed_eagerly_reaches_a_compiled_update():
 
 
 def test_a_loss_observed_in_a_graph_reaches_an_eager_update():
-    variable, optimizer = keras.Variable([1.0, 2.0]), NLCG(0.1)
+    variable, optimizer = keras.Variable([1.0, 2.0]), paper_nlcg(0.1)
     observe = tf.function(lambda loss: optimizer.observe_loss(loss))
     for loss in (1.0, 2.0, 3.0):
         observe(tf.constant(loss))
@@ -120,7 +119,7 @@ def test_a_loss_observed_in_a_graph_reaches_an_eager_update():
 
 
 def test_a_missing_loss_is_an_error_that_shows_the_way_out():
-    variable, optimizer = keras.Variable([1.0]), NLCG(0.1)
+    variable, optimizer = keras.Variable([1.0]), paper_nlcg(0.1)
     with pytest.raises(ValueError, match=r"observe_loss[^$]*line_search=None"):
         optimizer.apply([tf.constant([1.0])], [variable])
     optimizer.observe_loss(1.0)
@@ -133,7 +132,7 @@ def test_a_missing_loss_is_an_error_that_shows_the_way_out():
 def test_float64_variables():
     keras.config.set_floatx("float64")
     x, y = regression_data(dtype="float64")
-    model, optimizer = regression_model(dtype="float64"), NLCG(0.05, "polak_ribiere")
+    model, optimizer = regression_model(dtype="float64"), paper_nlcg(0.05, "polak_ribiere")
     reference = FollowGradients(model, optimizer)
     for t in range(UPDATES):
         rows = np.arange(t * BATCH, (t + 1) * BATCH) % len(x)
@@ -148,7 +147,7 @@ def test_mixed_precision(policy, jit_compile):
     """Variables stay float32; gradients carry the rounding of the half-precision layers."""
     keras.config.set_dtype_policy(policy)
     x, y = regression_data()
-    model, optimizer = regression_model(), NLCG(0.05)
+    model, optimizer = regression_model(), paper_nlcg(0.05)
     start = weights_of(model)
     oracle = follow(model, optimizer, x.astype("float32"), y)
     fit(model, optimizer, x, y, jit_compile=jit_compile)
@@ -163,7 +162,7 @@ def test_mixed_precision(policy, jit_compile):
 def test_loss_scaling_halves_and_skips_without_touching_nlcg():
     """An overflow under LossScaleOptimizer leaves NLCG's state as it was, then training goes on."""
     variable = keras.Variable([1.0, 2.0])
-    inner = NLCG(0.1)
+    inner = paper_nlcg(0.1)
     optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
     optimizer.build([variable])
     for gradient in ([8.0, 8.0], [np.inf, 8.0], [8.0, 8.0]):
@@ -175,7 +174,7 @@ def test_loss_scaling_halves_and_skips_without_touching_nlcg():
 
 @pytest.mark.parametrize("dropped", [100.0, np.nan])
 def test_a_micro_step_that_overflows_has_no_part_in_the_mean_loss(dropped):
-    variable, inner = keras.Variable([1.0, 2.0]), NLCG(0.1, gradient_accumulation_steps=2)
+    variable, inner = keras.Variable([1.0, 2.0]), paper_nlcg(0.1, gradient_accumulation_steps=2)
     optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
     optimizer.build([variable])
     for loss, element in ((1.0, 8.0), (dropped, np.inf), (3.0, 8.0)):
@@ -186,7 +185,7 @@ def test_a_micro_step_that_overflows_has_no_part_in_the_mean_loss(dropped):
 
 
 def test_of_a_loss_that_is_told_twice_the_second_counts():
-    variable, optimizer = keras.Variable([1.0]), NLCG(0.1, gradient_accumulation_steps=2)
+    variable, optimizer = keras.Variable([1.0]), paper_nlcg(0.1, gradient_accumulation_steps=2)
     for loss in (0.0, 2.0):
         optimizer.observe_loss(loss)
         optimizer.scale_loss(tf.constant(loss))
@@ -196,7 +195,7 @@ def test_of_a_loss_that_is_told_twice_the_second_counts():
 
 def test_a_loss_serves_one_update(fused_library):
     """After training in a graph too."""
-    variable, optimizer = keras.Variable([1.0]), NLCG(0.1)
+    variable, optimizer = keras.Variable([1.0]), paper_nlcg(0.1)
     optimizer.build([variable])
 
     @tf.function
@@ -215,12 +214,12 @@ def test_a_loss_serves_one_update(fused_library):
 def test_mirrored_strategy_equals_one_replica(form):
     x, y = regression_data()
     reference_model = regression_model()
-    optimizer = NLCG(0.05, **form, weight_decay=0.02)
+    optimizer = paper_nlcg(0.05, **form, weight_decay=0.02)
     oracle = follow(reference_model, optimizer, x, y, weight_decay=0.02)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         model = regression_model()
-        optimizer = NLCG(0.05, **form, weight_decay=0.02)
+        optimizer = paper_nlcg(0.05, **form, weight_decay=0.02)
         model.compile(optimizer=optimizer, loss="mse")
     model.fit(x, y, batch_size=BATCH, epochs=UPDATES * BATCH // len(x), shuffle=False, verbose=0)
     assert relative_difference(weights_of(model), oracle.w) < 1e-5
@@ -236,7 +235,7 @@ def test_embeddings_with_sparse_gradients(steps):
     y = tokens.sum(axis=1, keepdims=True).astype("float32") / 30
     layers = [keras.layers.Embedding(20, 4), keras.layers.Flatten(), keras.layers.Dense(1)]
     model = keras.Sequential([keras.Input((3,), dtype="int32"), *layers])
-    optimizer = NLCG(0.05, gradient_accumulation_steps=steps)
+    optimizer = paper_nlcg(0.05, gradient_accumulation_steps=steps)
     oracle = follow(model, optimizer, tokens, y)
     parts = steps or 1
     fit(model, optimizer, tokens, y, BATCH // parts, UPDATES * parts)
@@ -246,7 +245,7 @@ def test_embeddings_with_sparse_gradients(steps):
 def test_frozen_layers_and_variables_without_a_gradient():
     """Frozen weights stay; a variable without a gradient stays and is left out of all sums."""
     x, y = regression_data()
-    model, optimizer = regression_model(), NLCG(0.05)
+    model, optimizer = regression_model(), paper_nlcg(0.05)
     model.layers[0].trainable = False
     frozen = model.layers[0].get_weights()
     oracle = follow(model, optimizer, x, y)
@@ -257,7 +256,7 @@ def test_frozen_layers_and_variables_without_a_gradient():
 
     used, unused = keras.Variable([1.0, 2.0]), keras.Variable([3.0])
     alone = keras.Variable([1.0, 2.0])
-    both, single = NLCG(0.1, line_search=None), NLCG(0.1, line_search=None)
+    both, single = paper_nlcg(0.1, line_search=None), paper_nlcg(0.1, line_search=None)
     for gradient in ([0.5, 0.1], [0.4, -0.2], [0.3, 0.3]):
         with pytest.warns(UserWarning, match="Gradients do not exist"):
             both.apply([tf.constant(gradient), None], [used, unused])
@@ -289,7 +288,7 @@ def test_clipping_and_static_loss_scaling(arguments, transform, steps):
     """Clipping acts on the gradient of the virtual batch, the line search on the unscaled loss."""
     x, y = regression_data()
     model = regression_model()
-    optimizer = NLCG(0.05, gradient_accumulation_steps=steps, **arguments)
+    optimizer = paper_nlcg(0.05, gradient_accumulation_steps=steps, **arguments)
     oracle = follow(model, optimizer, x, y, transform=transform)
     parts = steps or 1
     fit(model, optimizer, x, y, BATCH // parts, UPDATES * parts)
@@ -299,7 +298,7 @@ def test_clipping_and_static_loss_scaling(arguments, transform, steps):
 
 def test_weight_decay_leaves_out_what_is_excluded():
     x, y = regression_data()
-    model, optimizer = regression_model(), NLCG(0.05, weight_decay=0.1)
+    model, optimizer = regression_model(), paper_nlcg(0.05, weight_decay=0.1)
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     decayed = np.concatenate(
         [np.full(v.numpy().size, "kernel" in v.path) for v in model.trainable_variables]
@@ -313,7 +312,7 @@ def test_weight_decay_leaves_out_what_is_excluded():
 @pytest.mark.parametrize("overwrite", [None, 3])
 def test_ema_advances_once_an_update(steps, overwrite):
     x, y = regression_data()
-    optimizer = NLCG(
+    optimizer = paper_nlcg(
         0.05,
         use_ema=True,
         ema_momentum=0.8,
@@ -338,7 +337,7 @@ def test_ema_advances_once_an_update(steps, overwrite):
 def test_constraints():
     x, y = regression_data()
     constraint = keras.constraints.MaxNorm(0.7, axis=0)
-    model, optimizer = regression_model(kernel_constraint=constraint), NLCG(0.2)
+    model, optimizer = regression_model(kernel_constraint=constraint), paper_nlcg(0.2)
     reference = FollowGradients(model, optimizer)
     for t in range(UPDATES):
         rows = np.arange(t * BATCH, (t + 1) * BATCH) % len(x)
@@ -368,7 +367,7 @@ def test_fit_traces_the_update_no_more_than_keras_own_optimizers():
         model.fit(x, y, batch_size=BATCH, epochs=3, verbose=0)
         return first, len(traces)
 
-    first, last = traces_of(NLCG)
+    first, last = traces_of(paper_nlcg)
     assert (first, last) == traces_of(keras.optimizers.Adam)
     assert first == last
 
@@ -377,7 +376,7 @@ def test_fit_traces_the_update_no_more_than_keras_own_optimizers():
 def test_half_precision_variables_are_computed_in_float32(dtype):
     """epsilon = 1e-8 and the squares of small gradients vanish in half precision."""
     variable = keras.Variable([1.0, 2.0], dtype=dtype)
-    optimizer = NLCG(0.1, line_search=None, preconditioner=None)
+    optimizer = paper_nlcg(0.1, line_search=None, preconditioner=None)
     for _ in range(3):
         optimizer.apply([tf.cast([1e-3, 2e-3], dtype)], [variable])
     assert optimizer.diagnostics()["beta"] == pytest.approx(1.0, rel=0.01)

@@ -123,7 +123,8 @@ class Reporter(Silent):
         if "beta" in record:
             nlcg = (
                 f"  beta {record['beta']:.2f}  learning-rate scale "
-                f"{record['learning_rate_scale']:.3f}  cosine {record['cosine']:.2g}"
+                f"{record['learning_rate_scale']:.3f}  cosine {record['cosine']:.2g}  "
+                f"kappa {record['kappa']:.2g}"
             )
         self.say(
             f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  {tested}"

@@ -25,17 +25,17 @@ flags.DEFINE_integer("epochs", 200, "Length of the run.", lower_bound=1)
 flags.DEFINE_enum("optimizer", "nlcg", list(NAMES), "Optimizer.")
 flags.DEFINE_enum(
     "update_rule",
-    "fletcher_reeves",
-    ["fletcher_reeves", "polak_ribiere", "blended"],
-    "NLCG: rule for beta.",
+    "blended",
+    ["blended", "fletcher_reeves", "polak_ribiere"],
+    "NLCG: rule for beta; the last two are the paper's.",
 )
 flags.DEFINE_enum(
     "preconditioner",
-    "bfgs",
-    ["bfgs", "normalized_bfgs", "rms", "none"],
+    "normalized_bfgs",
+    ["normalized_bfgs", "bfgs", "rms", "none"],
     "NLCG: preconditioner; bfgs is the paper's.",
 )
-flags.DEFINE_bool("nesterov", False, "NLCG: Nesterov's look-ahead.")
+flags.DEFINE_bool("nesterov", True, "NLCG: Nesterov's look-ahead.")
 flags.DEFINE_enum(
     "line_search",
     "auto",

@@ -15,6 +15,7 @@ from problems import (
     digits_data,
     digits_model,
     flat,
+    paper_nlcg,
     regression_data,
     regression_model,
     relative_difference,
@@ -37,8 +38,8 @@ def make(name, **arguments):
         return keras.optimizers.RMSprop(0.01, rho=0.9, momentum=0.9, epsilon=1.0, **arguments)
     schedule = keras.optimizers.schedules.PolynomialDecay(0.05, UPDATES, 0.01)
     if name == "blended":
-        arguments |= {"preconditioner": "normalized_bfgs", "line_search": None, "nesterov": True}
-    return NLCG(schedule, name, **arguments)
+        return NLCG(schedule, **arguments)
+    return paper_nlcg(schedule, name, **arguments)
 
 
 def part_of(x):
@@ -328,7 +329,7 @@ def check_a_worker_that_drifts_in_fit_is_named():
 
 def check_bfloat16_variables():
     variable = keras.Variable([1.0, 2.0], dtype="bfloat16")
-    optimizer = hvd.DistributedOptimizer(NLCG(0.1, line_search=None))
+    optimizer = hvd.DistributedOptimizer(paper_nlcg(0.1, line_search=None))
     optimizer.apply([tf.cast([float(hvd.rank()), 1.0], tf.bfloat16)], [variable])
     hvd.check_identical([variable, *optimizer.variables])
     assert optimizer.diagnostics()["updates"] == 1
