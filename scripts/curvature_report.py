@@ -286,8 +286,41 @@ def plot_sensitivity(records, paths):
     _save(figure, panels, paths)
 
 
+def plot_win_loss(records, paths):
+    """Each optimizer's final loss over NLCG's: a row a problem, median and quartiles over seeds."""
+    from matplotlib import pyplot
+
+    problems = [name for name in TITLES if "nlcg" in by_optimizer(records, name)]
+    figure, axis = pyplot.subplots(figsize=(7, 0.75 * len(problems) + 1.5))
+    handles = {}
+    for row, problem in enumerate(problems):
+        groups = by_optimizer(records, problem)
+        unit = quartiles([final_loss(record) for record in groups["nlcg"][1]])[1]
+        for i, (name, (_, runs)) in enumerate(groups.items()):
+            ratios = np.array(quartiles([final_loss(record) for record in runs])) / unit
+            ratios = np.minimum(ratios, 1000)  # and those of diverged runs
+            place = row + 0.6 * ((i + 0.5) / len(groups) - 0.5)
+            label, colour, _, marker = STYLES[name]
+            axis.plot(ratios[[0, 2]], [place, place], color=colour, linewidth=1.5)
+            (handles[name],) = axis.plot(
+                ratios[1], place, marker, color=colour, label=label, markersize=6, linestyle=""
+            )
+    axis.axvline(1, color="#D55E00", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(problems)), [TITLES[name] for name in problems], fontsize=10)
+    axis.invert_yaxis()
+    axis.set_xlabel("final loss over NLCG's; right of the line NLCG ends lower", fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
+    shown = [handles[name] for name in STYLES if name in handles]
+    figure.legend(handles=shown, loc="lower center", ncols=3, fontsize=10, frameon=False)
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def write_report(folder, records, made):
-    """Writes table.md, loss_updates.png and .svg, loss_seconds.png and sensitivity.png."""
+    """Writes table.md and the figures: loss_updates, loss_seconds, sensitivity, win_loss."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -296,4 +329,6 @@ def write_report(folder, records, made):
     plot_losses(records, "updates", updates_paths)
     plot_losses(records, "seconds", [folder / "loss_seconds.png"])
     plot_sensitivity(records, [folder / "sensitivity.png"])
-    print(f"written to {folder}: table.md, loss_updates, loss_seconds, sensitivity")
+    if any(record["optimizer"] == "nlcg" for record in records):
+        plot_win_loss(records, [folder / "win_loss.png"])
+    print(f"written to {folder}: table.md, {', '.join(p.name for p in folder.glob('*.png'))}")

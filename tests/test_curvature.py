@@ -214,8 +214,10 @@ def test_the_table(tmp_path):
     assert cells[:2] == ["Adam", "0.1*"] and "target loss 4.5" in text
     assert cells[2] == "4.5 (4 to ∞)" and cells[4] == "10" and cells[6] == "3/3"
     assert cells[7:9] == ["10", "0.5"] and cells[-4:] == ["≥ 1", "1/2", "1/3", "0.1"]
-    report.write_report(tmp_path, [*search, *runs], made)
+    others = [record(loss, seed=seed, optimizer="nlcg") for seed, loss in ((2, 2.0), (3, 3.0))]
+    report.write_report(tmp_path, [*search, *runs, *others], made)
     assert (tmp_path / "loss_updates.svg").stat().st_size > 1000
+    assert (tmp_path / "win_loss.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("optimizer", sorted(set(report.STYLES) - {"lbfgs"}))

@@ -13,6 +13,8 @@ from problems import (
     relative_difference,
 )
 
+from nlcg_tf import NLCG
+
 BATCH, UPDATES = 16, 8
 # The paper's two rules; and the default, with each preconditioner that it is for.
 BLENDED = {"update_rule": "blended", "line_search": None, "nesterov": True}
@@ -367,7 +369,7 @@ def test_fit_traces_the_update_no_more_than_keras_own_optimizers():
         model.fit(x, y, batch_size=BATCH, epochs=3, verbose=0)
         return first, len(traces)
 
-    first, last = traces_of(paper_nlcg)
+    first, last = traces_of(NLCG)
     assert (first, last) == traces_of(keras.optimizers.Adam)
     assert first == last
 
