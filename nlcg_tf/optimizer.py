@@ -248,7 +248,8 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             from nlcg_tf import replicas
 
             if not replicas.is_tracing():
-                known = self.observed_loss.numpy() != NO_LOSS
+                # What was observed here may be -inf too.
+                known = self._loss_is_known or self.observed_loss.numpy() != NO_LOSS
         self._loss_is_known = False
         if not known:
             raise ValueError(
