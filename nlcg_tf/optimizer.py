@@ -243,14 +243,13 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         self.observed_loss.assign(ops.full((), NO_LOSS, self.observed_loss.dtype))
 
     def _check_loss(self):
-        known = self._loss_is_known or self._loss_comes_from_graph
-        if keras.backend.backend() == "tensorflow":
+        known, self._loss_is_known = self._loss_is_known, False
+        if (
+            not known and self._loss_comes_from_graph
+        ):  # a call of the graph leaves nothing in Python
             from nlcg_tf import replicas
 
-            if not replicas.is_tracing():
-                # What was observed here may be -inf too.
-                known = self._loss_is_known or self.observed_loss.numpy() != NO_LOSS
-        self._loss_is_known = False
+            known = replicas.is_tracing() or self.observed_loss.numpy() != NO_LOSS
         if not known:
             raise ValueError(
                 "NLCG has not seen the loss of this update. Call `optimizer.observe_loss(loss)` "

@@ -39,16 +39,10 @@ PRECONDITIONERS = [None, "bfgs", "normalized_bfgs", "rms"]
 LINE_SEARCHES = [None, "online", "step"]
 BOUNDS = {"float32": {"fletcher_reeves": 1e-5, "polak_ribiere": 1e-4, "blended": 1e-5}}
 BOUNDS["float64"] = dict.fromkeys(RULES, 1e-12)
+# As in composed.py, which cannot be imported where there is no TensorFlow.
 REALS = ["delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean"]
-REALS += [
-    "tested_loss",
-    "left_over",
-    "foretold",
-    "mean_square",
-    "first_square",
-    "mean_length",
-    "cap",
-]
+REALS += ["tested_loss", "left_over", "foretold", "mean_square", "first_square"]
+REALS += ["mean_length", "cap"]
 
 
 class Variant(NamedTuple):

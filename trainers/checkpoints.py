@@ -11,6 +11,7 @@ import tensorflow as tf
 
 STATE = "state"
 META = "meta.json"
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # Folders of another name are a user's own and left alone.
 NAME = re.compile(r"(update|partial)-(\d{8,})-epoch-(\d{4,})")
 
@@ -99,9 +100,6 @@ class Checkpoints:
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise ValueError(f"checkpoint {path} does not fit this run: {error}") from error
-
-
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def damage(path):

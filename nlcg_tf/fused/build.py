@@ -98,7 +98,7 @@ def _build(folder, tf, compiler, nvcc):
         _run([*shlex.split(compiler), "-shared", *objects, "-o", finished, *links])
         target = pathlib.Path(folder, LIBRARY)
         # A process that has the old library loaded keeps it; another build has a name of its own.
-        descriptor, partial = tempfile.mkstemp(prefix=f"{LIBRARY}.", dir=folder)
+        descriptor, partial = tempfile.mkstemp(prefix=".", suffix=f".{LIBRARY}", dir=folder)
         try:
             with open(descriptor, "wb") as file:
                 file.write(pathlib.Path(finished).read_bytes())

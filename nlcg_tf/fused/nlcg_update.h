@@ -1,9 +1,9 @@
 // The NLCG update (Adya, Palakkode & Tuzel 2018, arXiv 1812.02886), section 2 and 3: what the CPU and
 // the CUDA kernel share. No TensorFlow here: plain pointers, sizes, a stream.
 //
-// Sweeps over the parameters, each reading and writing a vector of them once for each name:
+// Sweeps over the parameters; each name is one transfer of a vector as long as they are:
 //
-//   1. BFGS: read g, d                     -> y's, s'hs, whether g is finite. The sums over the old gradient
+//   1. BFGS: read g, d             -> y's, s'hs, whether g is finite. The sums over the old gradient
 //      come from sweep 3 of the update before; where they are not known, or with Nesterov's
 //      look-ahead, g_prev and h are read as well.
 //   2. BFGS: read g, g_prev, d, h, write h  -> delta of the new h, which beta needs of all variables
