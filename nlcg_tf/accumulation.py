@@ -1,5 +1,6 @@
 """Makes a virtual batch behave as a real one under Keras' `gradient_accumulation_steps`."""
 
+import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
@@ -34,8 +35,21 @@ class CountsUpdates:
                 continue
             momentum = ops.where(is_first, 0.0, self.ema_momentum)
             momentum = ops.cast(momentum, variable.dtype)
-            new = momentum * average + (1 - momentum) * variable
-            average.assign(ops.where(is_update, new, average))
+            # Inside `fit` on JAX a Variable has no value but the one that this looks up.
+            old, new = ops.convert_to_tensor(average), ops.convert_to_tensor(variable)
+            new = momentum * old + (1 - momentum) * new
+            average.assign(ops.where(is_update, new, old))
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        if keras.backend.backend() != "jax" or not self.ema_overwrite_frequency:
+            super()._backend_apply_gradients(grads, trainable_variables)
+            return
+        # Keras' optimizer for JAX overwrites by the count alone, on each micro-step of an update.
+        before = [ops.convert_to_tensor(v) for v in self._trainable_variables]
+        super()._backend_apply_gradients(grads, trainable_variables)
+        is_update, _ = self._update_flags()
+        for variable, value in zip(self._trainable_variables, before):
+            variable.assign(ops.where(is_update, ops.convert_to_tensor(variable), value))
 
     def _overwrite_model_variables_with_average_value(self, trainable_variables):
         # Only the training step comes here; `finalize_variable_values` goes past.

@@ -29,14 +29,11 @@ class OptimizerDiagnostics(keras.callbacks.Callback):
         self.update_freq = update_freq
 
     def on_train_begin(self, logs=None):
-        # Under mixed_float16 Keras wraps the optimizer.
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        if not hasattr(optimizer, "diagnostics"):
+        if not hasattr(self._optimizer(), "diagnostics"):
             raise ValueError(
                 "OptimizerDiagnostics needs an optimizer with `diagnostics()`, such as nlcg_tf.NLCG"
                 f". Received: model.optimizer={self.model.optimizer!r}"
             )
-        self._diagnostics = optimizer.diagnostics
 
     def on_train_batch_end(self, batch, logs=None):
         if self.update_freq == "batch":
@@ -47,5 +44,10 @@ class OptimizerDiagnostics(keras.callbacks.Callback):
 
     def _add(self, logs):
         if logs is not None:
-            values = self._diagnostics()
+            values = self._optimizer().diagnostics()
             logs.update({name: values[name] for name in SHOWN})
+
+    def _optimizer(self):
+        # On JAX asking for `self.model` is what brings the variables up to date during an epoch.
+        optimizer = self.model.optimizer
+        return getattr(optimizer, "inner_optimizer", optimizer)  # mixed_float16 wraps it
