@@ -1,4 +1,4 @@
-"""The composed path is backend-neutral: it trains on JAX and torch; TensorFlow is not even imported."""
+"""The composed path is backend-neutral: it trains on JAX and torch without TensorFlow."""
 
 import os
 import subprocess

@@ -115,15 +115,25 @@ def test_photos_are_trained_on_evaluated_and_exported(tmp_path):
     flags = ["--dataset=folder", f"--data_dir={tmp_path / 'data'}", "--image_size=32"]
     flags += ["--model=v2", "--global_batch_size=24", "--per_worker_batch_size=12", "--epochs=2"]
     flags += ["--label_smoothing=0.1", "--evaluation_epochs=2"]
+    flags += ["--max_corrupt_examples=1"]
     folder = tmp_path / "run"
+    photo = next((tmp_path / "data" / "train").glob("*/*.JPEG"))
+    whole = photo.resolve()
+    photo.unlink()
+    photo.write_bytes(b"x" * whole.stat().st_size)
     result = run([*TRAINER, *flags, f"--output_dir={folder}"])
     assert result.returncode == 0, result.stderr[-4000:]
+    # Resumed after its first epoch, with the photo mended: that one was skipped is still known.
+    photo.write_bytes(whole.read_bytes())
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    result = run([*TRAINER, *flags, f"--output_dir={folder}"])
+    assert result.returncode == 0 and "resuming" in result.stdout, result.stderr[-4000:]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["updates"], summary["micro_steps"]) == (4, 2)
-    assert summary["skipped_images"] == 0
+    assert summary["skipped_images"] == 1
     assert ["top1" in record for record in records(folder, "epoch")] == [False, True]
     evaluate = [sys.executable, "-m", "trainers.evaluate", f"--checkpoint={folder}"]
-    shown = run([*evaluate, "--max_corrupt_examples=1"]).stdout  # a flag of the run's trainer
+    shown = run([*evaluate, "--max_corrupt_examples=2"]).stdout  # a flag of the run's trainer
     assert f"top-1 {summary['top1']:.2%}  top-5 {summary['top5']:.2%}" in shown
     # With other photos the run must not go on: labels and order would be others.
     next((tmp_path / "data" / "train").glob("*/*.JPEG")).unlink()

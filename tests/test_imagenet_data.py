@@ -277,7 +277,7 @@ def test_damaged_images_are_replaced_up_to_a_number(folder, caplog):
         path.write_bytes(DAMAGED[kind])
     data = imagenet_data.open_folder(folder, SIZE, max_corrupt_examples=3)
     pixels, labels = epoch(data, 1, 7, examples=21, batch=21)
-    assert data.skipped == sorted(str(path) for path in bad)
+    assert data.skipped == {str(path) for path in bad}
     warnings = [record.message for record in caplog.records if "damaged" in record.message]
     assert len(warnings) == 3 and "(3/3)" in warnings[2]
     differing = (pixels != clean[0]).any(axis=(0, 2, 3, 4))

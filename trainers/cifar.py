@@ -26,8 +26,10 @@ class Cifar:
     """The task of this trainer; see `trainers.run.run`."""
 
     trainer = "trainers.cifar"
-    skipped = 0
     class_names = None  # the data sets' own numbers
+
+    def __init__(self):
+        self.skipped = set()  # none: damage is an error here
 
     @property
     def name(self):

@@ -64,7 +64,7 @@ class ImageNet:
 
     @property
     def skipped(self):
-        return len(self.data.skipped)
+        return self.data.skipped
 
     @property
     def _assumed(self):

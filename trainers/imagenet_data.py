@@ -52,8 +52,8 @@ class Photos:
 
     @property
     def skipped(self):
-        """The names of the damaged files met so far, a sorted list."""
-        return sorted(self._damage.names)
+        """The names of the damaged files met so far, a set that grows."""
+        return self._damage.names
 
     def training_batches(self, plan, rank, seed, epoch, first_update):
         """This worker's micro-batches of an epoch, `plan.micro_steps` for each update.
@@ -131,7 +131,7 @@ class Synthetic:
 
     def __init__(self, image_size, classes=1000, examples=1_281_167):
         self.image_size, self.classes, self.examples = image_size, classes, examples
-        self.skipped = []
+        self.skipped = set()
         self.class_names = None
         self.digest = ""
 

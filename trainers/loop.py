@@ -1,5 +1,6 @@
 """The training loop: virtual batches, evaluation, checkpoints; no data set, no model."""
 
+import collections.abc
 import contextlib
 import dataclasses
 import pathlib
@@ -169,6 +170,21 @@ class Trainer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Examples:
+    """What one worker trains and is tested on.
+
+    Attributes:
+        training_batches: function of (epoch, first update in it) to this worker's micro-batches.
+        test_batches: this worker's part of the test images.
+        skipped: set of the names of the damaged ones that it has skipped; grows.
+    """
+
+    training_batches: collections.abc.Callable
+    test_batches: collections.abc.Iterable
+    skipped: set
+
+
+@dataclasses.dataclass(frozen=True)
 class Intervals:
     """How often the loop does what besides training.
 
@@ -187,8 +203,7 @@ class Intervals:
 
 def train(
     trainer,
-    training_batches,
-    test_batches,
+    examples,
     workers,
     reporter,
     checkpoints,
@@ -201,8 +216,7 @@ def train(
 
     Args:
         trainer: a `Trainer`.
-        training_batches: function of (epoch, first update in it) to this worker's micro-batches.
-        test_batches: this worker's part of the test images.
+        examples: an `Examples`.
         workers: see `trainers.workers`.
         reporter: see `trainers.reporting`.
         checkpoints: a `Checkpoints` on worker 0, `None` elsewhere.
@@ -223,9 +237,14 @@ def train(
     done = started_from = int(trainer.updates.numpy())
     stopped = tf.constant(0.0)
 
+    def note_skipped():
+        names = workers.allgather_object(sorted(examples.skipped))
+        state.record = {**state.record, "skipped_images": names}
+
     def save():
         nonlocal clock
         failure, saving = None, time.perf_counter()
+        note_skipped()
         with trainer.gathered(workers):
             try:
                 if checkpoints is not None:
@@ -238,6 +257,7 @@ def train(
         clock += time.perf_counter() - saving
 
     def commit():
+        note_skipped()
         with trainer.gathered(workers):
             state.commit()
 
@@ -256,7 +276,7 @@ def train(
         reporter.begin_epoch(epoch, plan.updates_per_epoch, first)
         # When this epoch would have begun without the time between its parts and in checkpoints.
         clock = time.perf_counter() - state.record.get("begun_seconds", 0.0)
-        batches = iter(training_batches(epoch, first))
+        batches = iter(examples.training_batches(epoch, first))
         for _ in range(first, plan.updates_per_epoch):
             # Before the next micro-step, which changes batch norm's statistics.
             stop_if_told()
@@ -288,7 +308,7 @@ def train(
         record.update(_training_means(trainer, workers))
         record.update(trainer.diagnostics(done))
         if epoch + 1 == plan.epochs or (epoch + 1) % intervals.evaluation_epochs == 0:
-            record.update(_evaluate(trainer, test_batches, workers))
+            record.update(_evaluate(trainer, examples.test_batches, workers))
         reporter.epoch(record)
         trainer.epoch_sums.assign(tf.zeros_like(trainer.epoch_sums))
         state.record = record
@@ -299,6 +319,7 @@ def train(
     return {
         **state.record,
         "updates": done,
+        "skipped_images": sum(map(len, state.record.get("skipped_images", []))),
         "seconds": time.perf_counter() - began,
         "workers": plan.workers,
         "micro_steps": plan.micro_steps,

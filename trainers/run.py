@@ -37,7 +37,7 @@ def run(task):
             name                  string, names the default run folder
             examples              number of training images in an epoch
             classes, class_names  number of classes, and their names or None
-            skipped               number of damaged images that this worker has skipped
+            skipped               set of the names of the damaged images that it skipped
             default_line_search   "online" or "none", for --line_search=auto
             identity              dict of its own flags that decide what a run computes
             check()               raises ValueError for flags that do not fit each other
@@ -139,6 +139,7 @@ def _train(state, task, trainer, cluster, folder):
     cluster.broadcast(trainer.state())
     state.record = cluster.broadcast_object(state.record)
     trainer.share_out(cluster)
+    task.skipped.update(*state.record.get("skipped_images", [])[rank :: cluster.size()])
     state.restored = True
 
     try:
@@ -146,8 +147,13 @@ def _train(state, task, trainer, cluster, folder):
         with cluster.Watch() as watch:
             summary = loop.train(
                 trainer,
-                lambda epoch, first: task.training_batches(plan, rank, FLAGS.seed, epoch, first),
-                task.test_batches(rank, cluster.size()),
+                loop.Examples(
+                    lambda epoch, first: task.training_batches(
+                        plan, rank, FLAGS.seed, epoch, first
+                    ),
+                    task.test_batches(rank, cluster.size()),
+                    task.skipped,
+                ),
                 cluster,
                 reporter,
                 checkpoints,
@@ -161,7 +167,6 @@ def _train(state, task, trainer, cluster, folder):
                     FLAGS.evaluation_epochs,
                 ),
             )
-        summary["skipped_images"] = int(sum(cluster.sum_over_workers([task.skipped])))
         summary.update(parameters=dry_run.parameters(trainer.model), seed=FLAGS.seed)
         reporter.finish(summary)
     finally:
