@@ -403,6 +403,12 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         )
         return config
 
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The reverse of `get_config`; `custom_objects` maps names to classes of your own."""
+        with keras.saving.custom_object_scope(custom_objects or {}):
+            return super().from_config(dict(config), custom_objects)
+
 
 def _check(name, value, choices):
     if not any(value is choice or (value == choice and type(value) is str) for choice in choices):

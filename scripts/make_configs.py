@@ -5,6 +5,7 @@ One flagfile for each point of the paper's figures.
 
 import pathlib
 
+MARK = "# Written by scripts/make_configs.py."
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 NLCG = ["--optimizer=nlcg", "--preconditioner=bfgs", "--nonesterov"]
 OPTIMIZERS = {
@@ -45,6 +46,7 @@ def imagenet(name, optimizer, batch, epochs):
     per_worker = min(IMAGENET_MICRO_BATCH, batch // IMAGENET_GPUS)
     expected = IMAGENET_EXPECTED.get((optimizer, batch, epochs), "see the paper's figures.")
     return f"""\
+{MARK}
 # ResNet-50 on ImageNet: {title}, batch {batch:,}, {epochs} epochs.
 # Source: arXiv 1812.02886, Figures 2 to 6; --model=v2 for ResNet-50 v2.
 # Launch on {IMAGENET_GPUS} GPUs: scripts/launch_horovodrun.sh -H host1:8,...,host8:8 -- \\
@@ -71,6 +73,7 @@ def cifar100(name, optimizer, batch, epochs):
     if epochs == 200 and optimizer in CIFAR_EXPECTED:
         expected = f"{CIFAR_EXPECTED[optimizer][batch]} % top-1, says the authors' table."
     return f"""\
+{MARK}
 # ResNet-32 on CIFAR-100: {title}, batch {batch:,}, {epochs} epochs.
 # Source: arXiv 1812.02886, Figures 7 and 8: seeds 0 to 4 (--seed), mean and standard deviation.
 # Launch on 1 GPU: python -m trainers.cifar --flagfile={name} --data_dir=DIR
@@ -104,12 +107,18 @@ def configs():
     return found
 
 
-def main():
-    for old in FOLDER.glob("*/*.cfg"):
-        old.unlink()
+def write(folder):
+    """Writes them below a folder; of the others there, those that this once wrote go."""
+    for old in folder.glob("*/*.cfg"):
+        if old.read_text().startswith(MARK):
+            old.unlink()
     for path, text in configs().items():
-        (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
-        (FOLDER / path).write_text(text)
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def main():
+    write(FOLDER)
     print(f"{len(configs())} files in {FOLDER}")
 
 

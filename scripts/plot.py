@@ -30,7 +30,7 @@ def read_curves(runs):
     Of each it is the lowest seed that finished or diverged, at the common rate, of the length that
     most have.
     """
-    runs = runs[runs["status"].isin(["finished", "diverged"])]
+    runs = runs[runs["status"].isin(["finished", "diverged"])].dropna(subset=results.POINT)
     if runs.empty:
         return {}
     runs, _ = result_tables.with_common_factor(runs)

@@ -45,11 +45,12 @@ NO_VARIANT = {
 
 
 def read_json(path):
-    """The object in a file; `{}` without one, and while it is being written."""
+    """The object in a file; `{}` without one, while it is being written, and for anything else."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def status(folder):
@@ -61,7 +62,7 @@ def status(folder):
         return "unfinished"
     # The training loss is from before the last update.
     losses = [summary.get("loss"), summary.get("test_loss")]
-    finite = all(loss is not None and math.isfinite(loss) for loss in losses)
+    finite = all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses)
     return "finished" if finite else "diverged"
 
 
@@ -83,7 +84,7 @@ def read_runs(folders):
         for name, inner, files in os.walk(folder.resolve()):
             inner[:] = set(inner) - {"checkpoints", "tensorboard"}
             place = pathlib.Path(name)
-            if "flags.json" in files:
+            if "flags.json" in files and _own_flags(place) is not None:
                 found.add(place)
                 sweeps.add(place.parents[1] / SWEEP_FILE)
             if SWEEP_FILE in files:
@@ -122,8 +123,11 @@ def read_metrics(folder, batch):
             records.append(json.loads(line))
         except json.JSONDecodeError:  # a killed run's last line
             break
+    needed = {"step": {"update", "loss"}, "epoch": {"update", "images_per_second"}}
+    records = [r for r in records if isinstance(r, dict)]
     steps, epochs = (
-        pd.DataFrame([r for r in records if r["type"] == kind]) for kind in ("step", "epoch")
+        pd.DataFrame([r for r in records if r.get("type") == kind and keys <= set(r)])
+        for kind, keys in needed.items()
     )
     if len(steps):
         numbers = steps.columns.drop("type")
@@ -151,8 +155,14 @@ def _resolved(folders):
     return [pathlib.Path(folder).resolve() for folder in folders]
 
 
+def _own_flags(run):
+    """The flags that a run was started with; `None` if its file is another program's."""
+    flags = read_json(run / "flags.json").get("flags")
+    return flags if isinstance(flags, dict) else None
+
+
 def _flags(run, definition):
-    return {**definition.get("flags", {}), **read_json(run / "flags.json").get("flags", {})}
+    return {**definition.get("flags", {}), **(_own_flags(run) or {})}
 
 
 def _record(run, name, flags):

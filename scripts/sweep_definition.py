@@ -19,7 +19,12 @@ HARMLESS = (
     "per_worker_batch_size",
     "checkpoint_steps",
     "keep_checkpoints",
+    "commit_steps",
     "log_steps",
+    "evaluation_epochs",
+    "deterministic",
+    "jit_compile",
+    "max_corrupt_examples",
 )
 
 
@@ -216,7 +221,8 @@ def _check_disjoint(where, flags, other, other_flags):
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(

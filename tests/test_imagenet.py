@@ -51,10 +51,17 @@ def test_bad_arguments_of_resnet50():
         resnet50("v1", 31, 10)
 
 
-def test_the_flagfiles_are_those_of_the_generator():
-    configs = pathlib.Path(ROOT, "configs")
-    written = {str(p.relative_to(configs)): p.read_text() for p in configs.glob("*/*.cfg")}
-    assert written == make_configs.configs() and len(written) == 52 + 55
+def test_the_flagfiles_are_those_of_the_generator(tmp_path):
+    def texts(folder):
+        return {str(p.relative_to(folder)): p.read_text() for p in folder.glob("*/*.cfg")}
+
+    own = {"imagenet/mine.cfg": "--epochs=1"}
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet" / "mine.cfg").write_text("--epochs=1")
+    (tmp_path / "imagenet" / "nlcg-1-1.cfg").write_text(make_configs.MARK)
+    make_configs.write(tmp_path)
+    assert texts(tmp_path) == own | texts(pathlib.Path(ROOT, "configs"))
+    assert len(make_configs.configs()) == 52 + 55
 
 
 def test_every_flagfile_passes_a_dry_run():

@@ -102,6 +102,20 @@ def test_a_preconditioner_survives_serialisation(preconditioner):
     assert NLCG.from_config(config).preconditioner == preconditioner
 
 
+def test_from_config_takes_classes_of_the_users_own():
+    class Mine(OnlineLineSearch):
+        pass
+
+    class Half(RMS):
+        pass
+
+    config = NLCG(preconditioner=Half(0.5), line_search=Mine(0.5)).get_config()
+    before = str(config)
+    copy = NLCG.from_config(config, custom_objects={"Mine": Mine, "Half": Half})
+    assert copy.line_search == Mine(0.5) and type(copy.line_search) is Mine
+    assert type(copy.preconditioner) is Half and str(config) == before
+
+
 @pytest.mark.parametrize(
     "saved, wanted, words",
     [

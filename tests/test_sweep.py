@@ -125,6 +125,10 @@ def test_a_definition_gives_every_combination_a_readable_name():
             "seed": 0,
         },
     }
+    merged = yaml.load(
+        "a: &a {seed: 1, epochs: 2}\nb: {<<: *a, seed: 3}", sweep_definition._StrictLoader
+    )
+    assert merged["b"] == {"seed": 3, "epochs": 2}
     other = {**DEFINITION, "grid": [{"weight_decay": [1e-3, 5e-4]}]}
     assert names(other)[2] == "NLCG-FR-e10-weight_decay=0.0005"
     other = {**DEFINITION, "grid": [{"seed": [1, 2], "optimizers": ["Momentum"]}]}
@@ -433,6 +437,22 @@ def test_odd_runs_spoil_nothing(tmp_path, monkeypatch):
     figures.draw_accuracy_batch(summary, look, tmp_path, "a", "")
     # The first panel holds runs without a result, the second the highest accuracy.
     assert len(drawn) == 2 and drawn[1].get_ylim()[1] > 95
+
+
+@pytest.mark.parametrize("foreign", ["[1]", "null", '{"flags": null}', "\xff"])
+def test_another_programs_files_are_passed_over(foreign, run_folders, tmp_path):
+    (run_folders / "other").mkdir()
+    (run_folders / "other" / "flags.json").write_text(foreign, encoding="latin-1")
+    text = '{"flags": {"optimizer": null, "epochs": null, "seed": [1]}}'
+    (make_run(run_folders, "empty", 0.5) / "flags.json").write_text(text)
+    (make_run(run_folders, "text", 0.5, seed=7) / "summary.json").write_text('{"loss": "low"}')
+    lines = '[1]\n{"loss": 1}\n{"type": "step"}\n{"type": "epoch", "update": 1}\n'
+    (make_run(run_folders, "lines", 0.5, optimizer="sgd") / "metrics.jsonl").write_text(lines)
+    out = tmp_path / "out"
+    out.mkdir()
+    plot.draw_runs([run_folders], out)
+    found = list(pd.read_csv(out / "runs.csv")["run"])
+    assert "other" not in found and {"empty", "text", "lines"} <= set(found)
 
 
 def test_seconds_follow_from_the_throughput_of_the_epochs(run_folders):

@@ -182,6 +182,21 @@ def test_cifar100_is_loaded_whole():
     np.testing.assert_allclose(means, [0.50708, 0.48655, 0.44092], atol=1e-4)
 
 
+@pytest.mark.skipif(not CIFAR100.exists(), reason="no CIFAR-100 here")
+def test_a_damaged_or_missing_file_is_named(tmp_path):
+    folder = tmp_path / "cifar100" / "3.0.2"
+    folder.mkdir(parents=True)
+    for file in (CIFAR100 / "cifar100" / "3.0.2").iterdir():
+        if ".tfrecord" not in file.name:
+            (folder / file.name).symlink_to(file)
+        elif "test" in file.name:
+            with file.open("rb") as whole:
+                (folder / file.name).write_bytes(whole.read(100_000))
+    words = r"cifar100-train.tfrecord-00000-of-00001: .*No such file.*"
+    with pytest.raises(OSError, match=words + "cifar100-test.*: truncated record at"):
+        data.load("cifar100", str(tmp_path))
+
+
 def test_every_flagfile_passes_a_dry_run():
     """In one process: each start of TensorFlow would take longer than all of them."""
     code = """
@@ -312,6 +327,20 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path):
         assert result.returncode in (1, 2), result
         assert message in result.stdout and "Traceback" not in result.stdout, result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_users_keras_settings_do_not_matter(tmp_path):
+    """Nor do --jit_compile and --deterministic together, as XLA has it for the CIFAR network."""
+    (tmp_path / "keras.json").write_text(
+        '{"backend": "tensorflow", "image_data_format": "channels_first", "floatx": "float64"}'
+    )
+    flags = ["--epochs=1", "--global_batch_size=479", "--jit_compile", "--deterministic"]
+    command = [*TRAINER, *flags, f"--output_dir={tmp_path / 'run'}"]
+    result = run(command, KERAS_HOME=str(tmp_path))
+    assert result.returncode == 0 and "after 3 updates" in result.stdout, result.stderr
+    result = run(command, KERAS_BACKEND="jax")
+    assert result.returncode == 1 and "need KERAS_BACKEND=tensorflow" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_same_command_goes_on(tmp_path):

@@ -1,11 +1,13 @@
 """Images in memory and their input pipelines: the same examples whatever the number of workers."""
 
 import dataclasses
+import re
 
 import numpy as np
 import tensorflow as tf
 
 TRAINING_EXAMPLES = {"digits": 1437, "cifar10": 50000, "cifar100": 50000}
+TEST_EXAMPLES = 10000  # of cifar10 and cifar100
 IMAGE_SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3)}
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
@@ -37,6 +39,7 @@ def load(dataset, data_dir=None, download=False):
 
     Raises:
         FileNotFoundError: if the data are not there and may not be downloaded.
+        OSError: if a file is damaged or missing, with its name.
     """
     if dataset == "digits":
         return _digits()
@@ -56,10 +59,44 @@ def load(dataset, data_dir=None, download=False):
             f"{dataset} is not prepared under --data_dir={data_dir}. "
             "Pass --download, or the folder that holds it."
         ) from error
+    except tf.errors.OpError as error:
+        builder = tfds.builder(dataset, data_dir=data_dir)
+        files = [
+            path for split in ("train", "test") for path in builder.info.splits[split].filepaths
+        ]
+        raise OSError(
+            f"{dataset} under --data_dir={data_dir} cannot be read: "
+            f"{', '.join(filter(None, map(_damage, files))) or reason_of(error)}. Prepare it again"
+        ) from error
+    for name, (_, labels), count in (
+        ("train", train, TRAINING_EXAMPLES[dataset]),
+        ("test", test, TEST_EXAMPLES),
+    ):
+        if len(labels) != count:
+            raise OSError(
+                f"{dataset} under --data_dir={data_dir} has {len(labels):,} images in the {name} "
+                f"split, not {count:,}. Prepare it again"
+            )
     train, test = (
         (images.numpy(), labels.numpy().astype(np.int32)) for images, labels in (train, test)
     )
     return ImageData(train, test, padding=4, flip=True)
+
+
+def reason_of(error):
+    """What TensorFlow says last, without the nodes of its graphs."""
+    lines = re.sub(r"\{\{[^}]*\}\}\s*", "", error.message.partition("[[")[0]).split("\n")
+    return [line.strip() for line in lines if line.strip()][-1]
+
+
+def _damage(path):
+    """What is wrong with a TFRecord file, or `None`."""
+    try:
+        for _ in tf.data.TFRecordDataset(str(path)):
+            pass
+    except tf.errors.OpError as error:
+        return f"{path}: {reason_of(error)}"
+    return None
 
 
 def _digits():

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 from absl import app, flags
 
-from trainers import settings, workers  # noqa: F401 (--data_dir, if the data are elsewhere now)
+from trainers import settings, workers
 from trainers.checkpoints import STATE, Checkpoints, damage
 from trainers.evaluation import Evaluator
 
@@ -24,6 +24,7 @@ flags.DEFINE_string("export", None, "File NAME.keras to write the model to, inst
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    settings.configure_keras()
     try:
         if not FLAGS.checkpoint:
             raise ValueError("--checkpoint is needed: a run folder, or one of its checkpoints")

@@ -81,6 +81,11 @@ class ImageNet:
             raise ValueError("--dataset=folder needs --data_dir")
         if FLAGS.dataset == "synthetic" and FLAGS.data_dir:
             raise ValueError("--dataset=synthetic takes no --data_dir")
+        if FLAGS.jit_compile and FLAGS.deterministic:
+            raise ValueError(
+                "--jit_compile and --deterministic exclude each other: XLA's gradient of the "
+                "network's max pooling is not deterministic"
+            )
         if FLAGS.image_size < 32:
             raise ValueError(f"--image_size={FLAGS.image_size} is too small: at least 32")
 

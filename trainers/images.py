@@ -5,12 +5,10 @@ would give. What the decoder cannot read ends in a `tf.errors.InvalidArgumentErr
 some damage inside a file.
 """
 
-import re
-
 import tensorflow as tf
 from absl import logging
 
-from trainers.data import without_autotuning
+from trainers.data import reason_of, without_autotuning
 
 # Of ImageNet's channels, for pixels from 0 to 1.
 MEAN = (0.485, 0.456, 0.406)
@@ -205,7 +203,7 @@ class Batches:
                     yield self._repaired(done, error)
                     done += 1
         except UNREADABLE as error:
-            raise OSError(_reason(error)) from error
+            raise OSError(reason_of(error)) from error
 
     def _pipeline(self, first):
         rows = tuple(column[first * self._batch_size :] for column in self._rows)
@@ -238,12 +236,6 @@ class Batches:
         )
 
 
-def _reason(error):
-    """What TensorFlow says last, without the nodes of its graphs."""
-    lines = re.sub(r"\{\{[^}]*\}\}\s*", "", error.message.partition("[[")[0]).split("\n")
-    return [line.strip() for line in lines if line.strip()][-1]
-
-
 class DamagedImageError(ValueError):
     """A file is damaged, and no more may be skipped."""
 
@@ -269,7 +261,7 @@ class Damage:
         self.met += 1
         if name in self.names:
             return
-        reason = _reason(error)
+        reason = reason_of(error)
         if len(self.names) >= self.limit:
             raise DamagedImageError(
                 f"damaged image {name}: {reason}. Replace it, or skip up to N such files on each "

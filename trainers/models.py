@@ -47,7 +47,7 @@ def cifar_resnet(depth, input_shape, classes, weight_decay=1e-4):
         y = layers.ReLU()(convolution(x, filters, strides))
         y = convolution(y, filters)
         if strides > 1:
-            x = layers.MaxPooling2D(pool_size=1, strides=strides, padding="same")(x)
+            x = x[:, ::strides, ::strides]
             x = ops.pad(x, [[0, 0], [0, 0], [0, 0], [0, filters - x.shape[-1]]])
         return layers.ReLU()(layers.Add()([x, y]))
 

@@ -22,6 +22,7 @@ def main(make_task):
     def start(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+        settings.configure_keras()
         run(make_task())
 
     app.run(start)

@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 from absl import flags
 
 from trainers.optimizers import DECAYING, NAMES, make_optimizer
@@ -125,6 +126,21 @@ DECISIVE = (
     "label_smoothing",
     "dtype_policy",
 )
+
+
+def configure_keras():
+    """Makes Keras independent of the user's keras.json.
+
+    Raises:
+        SystemExit: if its backend is another than TensorFlow.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise SystemExit(
+            "error: the trainers need KERAS_BACKEND=tensorflow. Keras' backend is "
+            f"{keras.backend.backend()}, by that variable or keras.json"
+        )
+    keras.config.set_floatx("float32")
+    keras.config.set_image_data_format("channels_last")
 
 
 def identity():
