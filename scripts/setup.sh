@@ -8,11 +8,25 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 HOROVOD=0.28.1
-PYTHON=${PYTHON:-python3}
+wanted=${PYTHON:-}
+PYTHON=$(command -v "${PYTHON:-python3}" || echo "${PYTHON:-python3}") # not that of .venv
 venv=$PWD/.venv
 export PATH=$venv/bin:${CUDA_HOME:+$CUDA_HOME/bin:}$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 say() { echo "setup: $*"; }
 fail() { echo "setup: error: $*" >&2; exit 1; }
+version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || true; }
+
+[ -z "$wanted" ] || [ -n "$(version "$PYTHON")" ] || fail "PYTHON=$wanted is no Python that runs"
+mkdir -p .cache
+exec 9> .cache/setup.lock
+flock -n 9 || { say "waiting for another set-up of this folder"; flock 9; }
+# Whether .venv was made to its end, at this place (its programs name it), with the Python asked for.
+venv_is_whole() {
+  local own
+  own=$(version "$venv/bin/python")
+  [ -n "$own" ] && [ "$(cat "$venv/nlcg-place" 2> /dev/null)" = "$venv" ] \
+    && { [ -z "$wanted" ] || [ "$(version "$PYTHON")" = "$own" ]; }
+}
 
 mpi=none
 if command -v mpicxx > /dev/null; then
@@ -35,7 +49,7 @@ fi
 key=$({ cat scripts/setup.sh setup.py pyproject.toml nlcg_tf/fused/*.{h,cc,cu} nlcg_tf/fused/build.py
   echo "$PWD $mpi $nccl ${NLCG_CUDA:-auto}"; } | sha256sum | cut -c1-16)
 stamp=$venv/nlcg-setup
-if [ "$(cat "$stamp" 2> /dev/null)" = "$key" ]; then
+if [ "$(cat "$stamp" 2> /dev/null)" = "$key" ] && venv_is_whole; then
   say "up to date (.venv, MPI: $mpi, NCCL: $nccl)"
   exit 0
 fi
@@ -51,9 +65,10 @@ free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 [ "$free" -ge 5 ] || fail "$free GiB free here, 5 GiB needed for TensorFlow and the Horovod build"
 
 rm -f "$stamp"
-if ! "$venv/bin/python" -c '' 2> /dev/null; then
+if ! venv_is_whole || ! python -m pip --version > /dev/null 2>&1; then
   say "making .venv with $("$PYTHON" --version)"
   "$PYTHON" -m venv --clear "$venv"
+  echo "$venv" > "$venv/nlcg-place"
 fi
 say "installing TensorFlow, nlcg_tf and what the trainers and tests need"
 # Horovod's build still imports pkg_resources, which setuptools dropped in version 81.
@@ -73,6 +88,12 @@ PY
 )
 cache=$PWD/.cache/horovod-$HOROVOD-$versions-mpi-$mpi
 [ "$nccl" = none ] || cache=$cache-nccl-$nccl
+for wheel in "$cache"/*.whl; do
+  if [ -e "$wheel" ] && ! python -m zipfile -t "$wheel" > /dev/null 2>&1; then
+    say "$wheel is damaged and built anew"
+    rm "$wheel"
+  fi
+done
 if ! ls "$cache"/*.whl > /dev/null 2>&1; then
   if [ "$mpi" = none ]; then
     say "no mpicxx: Horovod gets Gloo alone (horovodrun). For mpirun and srun: apt install libopenmpi-dev"
@@ -108,7 +129,8 @@ if ! ls "$cache"/*.whl > /dev/null 2>&1; then
       case $nccl_home in "$venv"/*) ln -sf libnccl.so.2 "$nccl_home/lib/libnccl.so" ;; esac
     fi
     python -m pip wheel --no-deps --no-build-isolation -w "$work/wheel" "./horovod-$HOROVOD"
-    mv "$work"/wheel/*.whl "$cache"
+    cp "$work"/wheel/*.whl "$cache/partial" # in one step, whatever file systems these are
+    mv "$cache/partial" "$cache/$(basename "$work"/wheel/*.whl)"
   }
   if ! (build_horovod) > .cache/horovod-build.log 2>&1; then
     tail -n 15 .cache/horovod-build.log >&2
