@@ -33,6 +33,7 @@ from nlcg_tf.horovod.callbacks import (
     BroadcastVariables,
     CheckIdentical,
     SumMetrics,
+    WatchWorkers,
 )
 from nlcg_tf.horovod.collectives import (
     average_moving_statistics,
@@ -53,6 +54,7 @@ __all__ = [
     "ElasticState",
     "SumMetrics",
     "Watch",
+    "WatchWorkers",
     "allgather_object",
     "average_moving_statistics",
     "broadcast",

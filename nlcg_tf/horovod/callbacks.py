@@ -1,5 +1,6 @@
 """Keras callbacks for several workers."""
 
+import horovod.tensorflow as hvd
 import keras
 
 from nlcg_tf.horovod.collectives import (
@@ -8,6 +9,7 @@ from nlcg_tf.horovod.collectives import (
     check_identical,
     sum_metrics,
 )
+from nlcg_tf.horovod.watch import Watch
 
 
 class BroadcastVariables(keras.callbacks.Callback):
@@ -32,6 +34,41 @@ class BroadcastVariables(keras.callbacks.Callback):
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         broadcast([*self.model.variables, *optimizer.variables], self.root_rank)
+
+
+class WatchWorkers(keras.callbacks.Callback):
+    """Refuses workers that would wait for each other for ever; names those that hang (`Watch`).
+
+    Args:
+        seconds: float, how long nothing moves before a warning names the workers that are late.
+
+    Raises:
+        ValueError: on all workers, when training begins, if their numbers of epochs, or of steps
+            in an epoch where `fit` knows them, differ.
+    """
+
+    def __init__(self, seconds=60.0):
+        super().__init__()
+        self.seconds = seconds
+
+    def on_train_begin(self, logs=None):
+        known = {name: self.params.get(name) for name in ("epochs", "steps")}
+        for name in known:
+            values = [other[name] for other in hvd.allgather_object(known)]
+            if len(set(values) - {None}) > 1:
+                each = ", ".join(f"worker {rank}: {n}" for rank, n in enumerate(values))
+                what = "epochs" if name == "epochs" else "steps in an epoch"
+                raise ValueError(
+                    f"The workers differ in their number of {what} ({each}): some would wait for "
+                    "the others for ever. Give each as many, with `steps_per_epoch` say."
+                )
+        self._watch = Watch(self.seconds).__enter__()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._watch.tick()
+
+    def on_train_end(self, logs=None):
+        self._watch.__exit__(None, None, None)
 
 
 class AverageMovingStatistics(keras.callbacks.Callback):

@@ -130,11 +130,11 @@ def check_identical(variables):
         first = int(differs.argmax())
         workers = np.flatnonzero(all_digests[:, first] != all_digests[0, first]).tolist()
         raise RuntimeError(
-            f"The workers have drifted apart: variable '{_name(variables[first])}' on worker(s) "
+            f"The workers have drifted apart: variable '{name_of(variables[first])}' on worker(s) "
             f"{workers} differs from that on worker 0 ({int(differs.sum())} of {len(variables)} "
             "variables differ). Were all variables broadcast, and is every gradient averaged?"
         )
 
 
-def _name(variable):
+def name_of(variable):
     return getattr(variable, "path", variable.name)

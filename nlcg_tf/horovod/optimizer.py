@@ -1,11 +1,14 @@
 """Makes any Keras 3 optimizer average its gradients over Horovod's workers."""
 
+import os
+
 import keras
 import tensorflow as tf
+from horovod.tensorflow import allgather_object
 from tensorflow.python.ops import control_flow_util
 
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.horovod.collectives import average
+from nlcg_tf.horovod.collectives import average, name_of
 
 COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 
@@ -32,6 +35,8 @@ def DistributedOptimizer(optimizer, compression=None, average_with=()):
         ValueError: for another argument, an optimizer that is distributed already, or a
             combination that would let the workers train apart.
         RuntimeError: by a training step compiled by XLA, which has no Horovod kernels.
+        ValueError: by the first training step, on all workers, if a variable has a gradient on some
+            of them only.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
@@ -66,6 +71,7 @@ def DistributedOptimizer(optimizer, compression=None, average_with=()):
     optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
     object.__setattr__(optimizer, "_wire_dtype", COMPRESSIONS[compression])
     object.__setattr__(optimizer, "_average_with", tuple(average_with))
+    object.__setattr__(optimizer, "_are_compared", False)
     return optimizer
 
 
@@ -74,19 +80,34 @@ class _Distributed(CountsUpdates):
         # Keras comes here once an update, after accumulation and before clipping and the update.
         return super()._clip_gradients(self._reduce(grads, self))
 
+    def apply(self, grads, trainable_variables=None):
+        grads = list(grads)
+        self._compare(grads, trainable_variables)
+        super().apply(grads, trainable_variables)
+
+    def _compare(self, grads, variables):
+        """Refuses what would make the workers wait for each other for ever, in the first update.
+
+        Elastic workers are not compared: one that joins has a first update of its own.
+        """
+        _check_context()
+        if self._are_compared or os.environ.get("HOROVOD_ELASTIC") == "1":
+            return
+        object.__setattr__(self, "_are_compared", True)
+        variables = self._trainable_variables if variables is None else list(variables)
+        own = [i for i, g in enumerate(grads) if g is not None]
+        with tf.init_scope():  # what has a gradient is known while a graph is traced
+            first, *others = allgather_object(own)
+        for worker, found in enumerate(others, 1):
+            if odd := sorted(set(first) ^ set(found)):
+                has, lacks = (0, worker) if odd[0] in first else (worker, 0)
+                name = name_of(variables[odd[0]]) if odd[0] < len(variables) else odd[0]
+                raise ValueError(
+                    f"Variable '{name}' has a gradient on worker {has} and none on worker {lacks} "
+                    f"({len(odd)} such variables): they would wait for each other for ever."
+                )
+
     def _reduce(self, grads, optimizer):
-        if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
-            tf.compat.v1.get_default_graph()
-        ):
-            raise RuntimeError(
-                "Horovod's operations cannot be compiled by XLA. Use "
-                "`model.compile(..., jit_compile=False)`, or compile the gradients alone."
-            )
-        if tf.distribute.has_strategy():
-            raise RuntimeError(
-                "Horovod cannot be combined with a tf.distribute strategy: start one Horovod "
-                "worker for each device and leave the strategy out."
-            )
         dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
         # Only NLCG has a loss to average, and only where its settings need one.
         loss = getattr(optimizer, "update_loss", None)
@@ -118,4 +139,21 @@ class _DistributedLossScale(_Distributed):
     """Averages before the gradients are checked, so that all workers skip the same updates."""
 
     def apply(self, grads, trainable_variables=None):
+        grads = list(grads)
+        self._compare(grads, trainable_variables)
         super().apply(self._reduce(grads, self.inner_optimizer), trainable_variables)
+
+
+def _check_context():
+    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    ):
+        raise RuntimeError(
+            "Horovod's operations cannot be compiled by XLA. Use "
+            "`model.compile(..., jit_compile=False)`, or compile the gradients alone."
+        )
+    if tf.distribute.has_strategy():
+        raise RuntimeError(
+            "Horovod cannot be combined with a tf.distribute strategy: start one Horovod "
+            "worker for each device and leave the strategy out."
+        )

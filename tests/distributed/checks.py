@@ -201,6 +201,27 @@ def check_the_watch_ends_at_once():
         pass
 
 
+def check_unequal_work_is_refused():
+    model = regression_model()
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    x, y = regression_data(24 - 8 * hvd.rank())
+    callbacks = [hvd.WatchWorkers(), hvd.BroadcastVariables()]
+    fit = lambda: model.fit(x, y, batch_size=8, callbacks=callbacks, verbose=0)  # noqa: E731
+    expect(ValueError, r"steps in an epoch \(worker 0: 3, worker 1: 2\)", fit)
+    variables = [keras.Variable([1.0], name=name) for name in ("a", "b")]
+    gradients = [tf.constant([1.0]), None if hvd.rank() else tf.constant([1.0])]
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    for plain in (NLCG(0.1), keras.optimizers.SGD(), scaled):
+        optimizer = hvd.DistributedOptimizer(plain)
+        optimizer.build(variables)
+        getattr(optimizer, "observe_loss", lambda loss: None)(1.0)
+        apply = lambda: optimizer.apply(gradients, variables)  # noqa: E731, B023
+        for step in (apply, tf.function(apply)):
+            object.__setattr__(optimizer, "_are_compared", False)
+            expect(ValueError, "'b' has a gradient on worker 0 and none on worker 1", step)
+
+
 def check_loss_scaling_skips_on_all_workers_or_none():
     """A gradient that overflows on one worker only must not be applied on the other."""
     variable, inner = keras.Variable([1.0, 2.0]), NLCG(0.1)
@@ -280,7 +301,8 @@ def check_metrics_are_summed_and_workers_compared_in_fit():
     metrics = ["accuracy", keras.metrics.TopKCategoricalAccuracy(3, name="top3")]
     optimizer = hvd.DistributedOptimizer(NLCG(0.01))
     model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=False)
-    callbacks = [hvd.BroadcastVariables(), hvd.SumMetrics(), hvd.CheckIdentical()]
+    callbacks = [hvd.WatchWorkers(), hvd.BroadcastVariables(), hvd.SumMetrics()]
+    callbacks.append(hvd.CheckIdentical())
     history = model.fit(
         x[mine],
         y[mine],

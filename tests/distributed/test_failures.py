@@ -17,6 +17,7 @@ SCRIPT = pathlib.Path(__file__).with_name("failing.py")
     [
         ("raises", 1, 1, "[1]<stderr>:ValueError: this worker's own error"),
         ("is frozen", 1, 1, "warning: communication failed: worker 1 on "),
+        ("fits less", 1, 1, "[0]<stderr>:warning: no progress for 3 s: worker 1 on "),
         ("is busy", 0, 0, "[1]<stderr>:warning: no progress for 3 s: worker 0 on "),
     ],
 )
