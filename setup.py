@@ -11,6 +11,7 @@ import re
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = pathlib.Path(__file__).parent
@@ -39,6 +40,14 @@ class BuildFusedOp(build_ext):
             self.extensions.remove(extension)
 
 
+class AnyPython(bdist_wheel):
+    """The op's library is loaded by TensorFlow, not by Python: one wheel serves every version."""
+
+    def get_tag(self):
+        *_, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 WITH_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 
 setup(
@@ -51,7 +60,7 @@ setup(
     packages=["nlcg_tf", "nlcg_tf.fused", "nlcg_tf.horovod"],
     package_data={"nlcg_tf.fused": ["*.h", "*.cc", "*.cu"]},
     ext_modules=[Extension("nlcg_tf.fused.libnlcg_update", [])] if WITH_TENSORFLOW else [],
-    cmdclass={"build_ext": BuildFusedOp},
+    cmdclass={"build_ext": BuildFusedOp, "bdist_wheel": AnyPython},
     python_requires=">=3.10",
     install_requires=["tensorflow>=2.21,<2.22", "keras>=3.12"],
     extras_require={
@@ -66,6 +75,8 @@ setup(
             "tensorflow-datasets>=4.9.10",
             "tqdm",
         ],
+        # PyPI's source does not compile for TensorFlow 2.21: scripts/build_wheel.sh makes a wheel.
+        "horovod": ["horovod==0.28.1"],
         "test": ["jax", "pillow", "psutil", "pytest", "ruff", "scipy"],
     },
 )

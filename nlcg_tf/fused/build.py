@@ -4,6 +4,7 @@ Needs g++ (or another compiler in CXX). `NLCG_CUDA=auto|0|1` leaves out or deman
 auto builds them when nvcc is found (in PATH, or in CUDA_HOME) and TensorFlow was built for CUDA.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -76,7 +77,7 @@ def _build(folder, tf, compiler, nvcc):
         "sources": sources_digest(),
     }
     with tempfile.TemporaryDirectory() as work:
-        objects, links = [], tf.sysconfig.get_link_flags()
+        commands, objects, links = [], [], tf.sysconfig.get_link_flags()
         defines = [f"-DNLCG_CUDA={int(nvcc is not None)}"]
         if nvcc:
             # The op sees the CUDA headers that TensorFlow was built with, the kernels nvcc's own.
@@ -84,7 +85,8 @@ def _build(folder, tf, compiler, nvcc):
             defines += ["-DEIGEN_USE_GPU", f"-I{headers}"]
             objects.append(_object(work, "nlcg_update_cuda.cu"))
             options = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC", *ARCHITECTURES]
-            _run([nvcc, *options, "-c", str(HERE / "nlcg_update_cuda.cu"), "-o", objects[-1]])
+            source = str(HERE / "nlcg_update_cuda.cu")
+            commands.append([nvcc, *options, "-c", source, "-o", objects[-1]])
             links = [*links, f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
             links.append("-lpthread")
         record = pathlib.Path(work, "nlcg_build_info.cc")
@@ -93,7 +95,9 @@ def _build(folder, tf, compiler, nvcc):
         for source in (HERE / "nlcg_update_cpu.cc", HERE / "nlcg_update_op.cc", record):
             objects.append(_object(work, source.name))
             command = [*shlex.split(compiler), *compile_flags, *defines, f"-I{HERE}"]
-            _run([*command, "-c", str(source), "-o", objects[-1]])
+            commands.append([*command, "-c", str(source), "-o", objects[-1]])
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(_run, commands))
         finished = str(pathlib.Path(work, LIBRARY))
         _run([*shlex.split(compiler), "-shared", *objects, "-o", finished, *links])
         target = pathlib.Path(folder, LIBRARY)
