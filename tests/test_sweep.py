@@ -192,6 +192,20 @@ def test_bad_words_and_files_are_errors(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_run_that_has_begun_takes_what_the_trainer_takes(tmp_path):
+    definition = {"optimizers": {"M": {"optimizer": "momentum"}}, "grid": [{"seed": 0}]}
+
+    def save(**flags):
+        sweep_definition.save(tmp_path, sweep_definition.expand({**definition, "flags": flags}))
+
+    save(depth=8, evaluation_epochs=5)
+    (tmp_path / "runs" / "M-s0").mkdir(parents=True)
+    (tmp_path / "runs" / "M-s0" / "flags.json").write_text("{}")
+    save(depth=8, evaluation_epochs=1, commit_steps=3, jit_compile=True)
+    with pytest.raises(ValueError, match="--depth was 8, is 20"):
+        save(depth=20, evaluation_epochs=1)
+
+
 def test_failed_and_diverged_runs_are_recorded_and_the_others_run(tmp_path):
     folder = tmp_path / "sweep"
     config = write(tmp_path, stub_definition(tmp_path, "failing", "killed", "diverged", "well"))
