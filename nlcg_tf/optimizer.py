@@ -244,9 +244,8 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
 
     def _check_loss(self):
         known, self._loss_is_known = self._loss_is_known, False
-        if (
-            not known and self._loss_comes_from_graph
-        ):  # a call of the graph leaves nothing in Python
+        if not known and self._loss_comes_from_graph:
+            # A call of the graph leaves nothing in Python.
             from nlcg_tf import replicas
 
             known = replicas.is_tracing() or self.observed_loss.numpy() != NO_LOSS

@@ -113,6 +113,8 @@ def write(folder):
         if old.read_text().startswith(MARK):
             old.unlink()
     for path, text in configs().items():
+        if (folder / path).exists():
+            raise SystemExit(f"error: {folder / path} is not of this program: rename it")
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
 

@@ -92,6 +92,8 @@ def read_runs(folders):
     defined = {}
     for file in sweeps:
         for name, run in read_json(file).items():
+            if not isinstance(run, dict) or not isinstance(run.get("flags"), dict):
+                continue  # another program's
             defined[file.parent / "runs" / name] = run
     # Those defined outside the folders asked for are not asked for.
     found |= {run for run in defined if any(run.is_relative_to(f) for f in _resolved(folders))}
@@ -123,10 +125,10 @@ def read_metrics(folder, batch):
             records.append(json.loads(line))
         except json.JSONDecodeError:  # a killed run's last line
             break
-    needed = {"step": {"update", "loss"}, "epoch": {"update", "images_per_second"}}
+    needed = {"step": ["update"], "epoch": ["update", "images_per_second"]}
     records = [r for r in records if isinstance(r, dict)]
     steps, epochs = (
-        pd.DataFrame([r for r in records if r.get("type") == kind and keys <= set(r)])
+        pd.DataFrame([r for r in records if r.get("type") == kind and _has_numbers(r, keys)])
         for kind, keys in needed.items()
     )
     if len(steps):
@@ -141,6 +143,10 @@ def read_metrics(folder, batch):
         inside = steps["update"] <= updates[-1]
         steps.loc[inside, "seconds"] = np.interp(steps["update"][inside], updates, seconds)
     return steps, epochs
+
+
+def _has_numbers(record, keys):
+    return all(isinstance(record.get(key), (int, float)) for key in keys)
 
 
 def write_csv(runs, path):

@@ -5,53 +5,69 @@
 #   scripts/setup.sh                 PYTHON=python3.12 scripts/setup.sh for another Python
 #                                    NLCG_NCCL=0 scripts/setup.sh for a Horovod without NCCL
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 HOROVOD=0.28.1
 wanted=${PYTHON:-}
-PYTHON=$(command -v "${PYTHON:-python3}" || echo "${PYTHON:-python3}") # not that of .venv
+PYTHON=$(command -v "${PYTHON:-python3}" || echo "${PYTHON:-python3}") # before that of .venv is
 venv=$PWD/.venv
+stamp=$venv/nlcg-setup
 export PATH=$venv/bin:${CUDA_HOME:+$CUDA_HOME/bin:}$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 say() { echo "setup: $*"; }
 fail() { echo "setup: error: $*" >&2; exit 1; }
 version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || true; }
 
-[ -z "$wanted" ] || [ -n "$(version "$PYTHON")" ] || fail "PYTHON=$wanted is no Python that runs"
-mkdir -p .cache
-exec 9> .cache/setup.lock
-flock -n 9 || { say "waiting for another set-up of this folder"; flock 9; }
-# Whether .venv was made to its end, at this place (its programs name it), with the Python asked for.
+# Whether .venv was made to its end, at this place, which its programs name, with the Python asked
+# for. `activate` is what is written last.
 venv_is_whole() {
   local own
   own=$(version "$venv/bin/python")
-  [ -n "$own" ] && [ "$(cat "$venv/nlcg-place" 2> /dev/null)" = "$venv" ] \
+  [ -n "$own" ] \
+    && sed -n "s/.*VIRTUAL_ENV=//p" "$venv/bin/activate" 2> /dev/null | tr -d "\"'" | grep -qxF "$venv" \
     && { [ -z "$wanted" ] || [ "$(version "$PYTHON")" = "$own" ]; }
 }
 
-mpi=none
-if command -v mpicxx > /dev/null; then
-  mpi=$(mpirun --version 2>&1 | grep -om1 '[0-9][0-9.]*' || echo unknown)
-fi
-# Between GPUs Horovod needs NCCL; its build needs NCCL's header and CUDA's compiler.
-nccl=none
-if [ "${NLCG_NCCL:-auto}" != 0 ] && command -v nvcc > /dev/null; then
-  # nvcc itself knows where its toolkit is, whatever script starts it.
-  cuda=${HOROVOD_CUDA_HOME:-$(nvcc --dryrun -c nlcg_tf/fused/nlcg_update_cuda.cu 2>&1 | sed -n 's/^#\$ TOP=//p')}
-  for nccl_home in "${HOROVOD_NCCL_HOME:-}" "${NCCL_HOME:-}" "$venv"/lib/python3*/site-packages/nvidia/nccl \
-    "$cuda" /usr/local /usr; do
-    header=$nccl_home/include/nccl.h
-    if [ -n "$nccl_home" ] && [ -e "$header" ]; then
-      nccl=$(awk '/define NCCL_(MAJOR|MINOR|PATCH) / { printf "%s%s", dot, $3; dot = "." }' "$header")
-      break
-    fi
-  done
-fi
-key=$({ cat scripts/setup.sh setup.py pyproject.toml nlcg_tf/fused/*.{h,cc,cu} nlcg_tf/fused/build.py
-  echo "$PWD $mpi $nccl ${NLCG_CUDA:-auto}"; } | sha256sum | cut -c1-16)
-stamp=$venv/nlcg-setup
-if [ "$(cat "$stamp" 2> /dev/null)" = "$key" ] && venv_is_whole; then
-  say "up to date (.venv, MPI: $mpi, NCCL: $nccl)"
-  exit 0
+# What Horovod is built with, and the key of all that the set-up depends on. MPI and NCCL may lie in
+# .venv too.
+detect() {
+  mpi=none
+  if command -v mpicxx > /dev/null; then
+    mpi=$(mpirun --version 2>&1 | grep -om1 '[0-9][0-9.]*' || echo unknown)
+  fi
+  # Between GPUs Horovod needs NCCL; its build needs NCCL's header and CUDA's compiler.
+  nccl=none
+  if [ "${NLCG_NCCL:-auto}" != 0 ] && command -v nvcc > /dev/null; then
+    # nvcc itself knows where its toolkit is, whatever script starts it.
+    cuda=${HOROVOD_CUDA_HOME:-$(nvcc --dryrun -c nlcg_tf/fused/nlcg_update_cuda.cu 2>&1 | sed -n 's/^#\$ TOP=//p')}
+    for nccl_home in "${HOROVOD_NCCL_HOME:-}" "${NCCL_HOME:-}" "$venv"/lib/python3*/site-packages/nvidia/nccl \
+      "$cuda" /usr/local /usr; do
+      header=$nccl_home/include/nccl.h
+      if [ -n "$nccl_home" ] && [ -e "$header" ]; then
+        nccl=$(awk '/define NCCL_(MAJOR|MINOR|PATCH) / { printf "%s%s", dot, $3; dot = "." }' "$header")
+        break
+      fi
+    done
+  fi
+  key=$({ cat scripts/setup.sh setup.py pyproject.toml nlcg_tf/fused/*.{h,cc,cu} nlcg_tf/fused/build.py
+    echo "$PWD $mpi $nccl ${NLCG_CUDA:-auto}"; } | sha256sum | cut -c1-16)
+}
+end_if_done() {
+  if [ "$(cat "$stamp" 2> /dev/null)" = "$key" ] && venv_is_whole; then
+    say "up to date (.venv, MPI: $mpi, NCCL: $nccl)"
+    exit 0
+  fi
+}
+
+[ -z "$wanted" ] || [ -n "$(version "$PYTHON")" ] || fail "PYTHON=$wanted is no Python that runs"
+detect
+end_if_done
+mkdir -p .cache
+exec 9> .cache/setup.lock
+if ! flock -n 9; then
+  say "waiting for another set-up of this folder"
+  flock 9 || say "this file system has no locks: make sure that there is no other"
+  detect
+  end_if_done
 fi
 
 # What cannot be installed without root must be there.
@@ -68,7 +84,8 @@ rm -f "$stamp"
 if ! venv_is_whole || ! python -m pip --version > /dev/null 2>&1; then
   say "making .venv with $("$PYTHON" --version)"
   "$PYTHON" -m venv --clear "$venv"
-  echo "$venv" > "$venv/nlcg-place"
+  hash -r
+  detect
 fi
 say "installing TensorFlow, nlcg_tf and what the trainers and tests need"
 # Horovod's build still imports pkg_resources, which setuptools dropped in version 81.
@@ -89,7 +106,8 @@ PY
 cache=$PWD/.cache/horovod-$HOROVOD-$versions-mpi-$mpi
 [ "$nccl" = none ] || cache=$cache-nccl-$nccl
 for wheel in "$cache"/*.whl; do
-  if [ -e "$wheel" ] && ! python -m zipfile -t "$wheel" > /dev/null 2>&1; then
+  if [ -e "$wheel" ] && ! python -c 'import sys, zipfile; assert not zipfile.ZipFile(sys.argv[1]).testzip()' \
+    "$wheel" 2> /dev/null; then
     say "$wheel is damaged and built anew"
     rm "$wheel"
   fi
@@ -132,7 +150,9 @@ if ! ls "$cache"/*.whl > /dev/null 2>&1; then
     cp "$work"/wheel/*.whl "$cache/partial" # in one step, whatever file systems these are
     mv "$cache/partial" "$cache/$(basename "$work"/wheel/*.whl)"
   }
-  if ! (build_horovod) > .cache/horovod-build.log 2>&1; then
+  # Not `if ! (build_horovod)`: there the shell would go on after a step that fails.
+  (build_horovod) > .cache/horovod-build.log 2>&1 &
+  if ! wait $!; then
     tail -n 15 .cache/horovod-build.log >&2
     [ "$nccl" = none ] || say "NLCG_NCCL=0 scripts/setup.sh builds without NCCL (found: $nccl in $nccl_home)" >&2
     fail "the Horovod build failed; the whole log is in .cache/horovod-build.log"
@@ -142,5 +162,6 @@ say "installing Horovod from .cache"
 python -m pip install -qq --force-reinstall --no-deps "$cache"/*.whl
 python -m pip install -qq "$(ls "$cache"/*.whl)"
 python -c 'import horovod.tensorflow' > /dev/null 2>&1 || fail "the Horovod build cannot be imported: remove .cache and run this again"
+echo "$cache" > "$venv/nlcg-horovod"
 echo "$key" > "$stamp"
 say "done (.venv, MPI: $mpi, NCCL: $nccl)"

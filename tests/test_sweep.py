@@ -126,9 +126,10 @@ def test_a_definition_gives_every_combination_a_readable_name():
         },
     }
     merged = yaml.load(
-        "a: &a {seed: 1, epochs: 2}\nb: {<<: *a, seed: 3}", sweep_definition._StrictLoader
+        "a: &a {seed: 1, epochs: 2}\nx: {y: &b {<<: *a, seed: 3}}\nc: {<<: *b}",
+        sweep_definition._StrictLoader,
     )
-    assert merged["b"] == {"seed": 3, "epochs": 2}
+    assert merged["c"] == {"seed": 3, "epochs": 2}
     other = {**DEFINITION, "grid": [{"weight_decay": [1e-3, 5e-4]}]}
     assert names(other)[2] == "NLCG-FR-e10-weight_decay=0.0005"
     other = {**DEFINITION, "grid": [{"seed": [1, 2], "optimizers": ["Momentum"]}]}
@@ -460,7 +461,8 @@ def test_another_programs_files_are_passed_over(foreign, run_folders, tmp_path):
     text = '{"flags": {"optimizer": null, "epochs": null, "seed": [1]}}'
     (make_run(run_folders, "empty", 0.5) / "flags.json").write_text(text)
     (make_run(run_folders, "text", 0.5, seed=7) / "summary.json").write_text('{"loss": "low"}')
-    lines = '[1]\n{"loss": 1}\n{"type": "step"}\n{"type": "epoch", "update": 1}\n'
+    (run_folders / "other" / "sweep.json").write_text('{"name": "other", "b": {"flags": 1}}')
+    lines = '[1]\n{"loss": 1}\n{"type": "step", "update": "a"}\n{"type": "epoch", "update": 1}\n'
     (make_run(run_folders, "lines", 0.5, optimizer="sgd") / "metrics.jsonl").write_text(lines)
     out = tmp_path / "out"
     out.mkdir()

@@ -28,7 +28,7 @@ print(nlcg_tf.__file__)
 
 
 @pytest.mark.skipif(
-    not (ROOT / ".venv" / "nlcg-setup").exists(), reason="made with scripts/setup.sh's environment"
+    not (ROOT / ".venv" / "nlcg-horovod").exists(), reason="made in scripts/setup.sh's environment"
 )
 def test_one_wheel_brings_the_op(tmp_path):
     result = run([ROOT / "scripts" / "build_wheel.sh", tmp_path / "dist"])

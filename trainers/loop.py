@@ -237,9 +237,11 @@ def train(
     done = started_from = int(trainer.updates.numpy())
     stopped = tf.constant(0.0)
 
+    skipped = set(state.record.get("skipped_images", []))
+
     def note_skipped():
-        names = workers.allgather_object(sorted(examples.skipped))
-        state.record = {**state.record, "skipped_images": names}
+        skipped.update(*workers.allgather_object(sorted(examples.skipped)))
+        state.record = {**state.record, "skipped_images": sorted(skipped)}
 
     def save():
         nonlocal clock
@@ -319,7 +321,7 @@ def train(
     return {
         **state.record,
         "updates": done,
-        "skipped_images": sum(map(len, state.record.get("skipped_images", []))),
+        "skipped_images": len(skipped),
         "seconds": time.perf_counter() - began,
         "workers": plan.workers,
         "micro_steps": plan.micro_steps,

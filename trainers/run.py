@@ -140,7 +140,6 @@ def _train(state, task, trainer, cluster, folder):
     cluster.broadcast(trainer.state())
     state.record = cluster.broadcast_object(state.record)
     trainer.share_out(cluster)
-    task.skipped.update(*state.record.get("skipped_images", [])[rank :: cluster.size()])
     state.restored = True
 
     try:

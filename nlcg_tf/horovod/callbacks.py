@@ -40,18 +40,20 @@ class WatchWorkers(keras.callbacks.Callback):
     """Refuses workers that would wait for each other for ever; names those that hang (`Watch`).
 
     Args:
-        seconds: float, how long nothing moves before a warning names the workers that are late.
+        seconds: float, how long nothing moves before a warning names the workers that are late;
+            less than the 30 seconds of silence after which Gloo ends the training.
 
     Raises:
         ValueError: on all workers, when training begins, if their numbers of epochs, or of steps
             in an epoch where `fit` knows them, differ.
     """
 
-    def __init__(self, seconds=60.0):
+    def __init__(self, seconds=20.0):
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self._watch = seconds, None
 
     def on_train_begin(self, logs=None):
+        self.on_train_end()  # of a training that was interrupted: Keras does not tell
         known = {name: self.params.get(name) for name in ("epochs", "steps")}
         for name in known:
             values = [other[name] for other in hvd.allgather_object(known)]
@@ -68,7 +70,9 @@ class WatchWorkers(keras.callbacks.Callback):
         self._watch.tick()
 
     def on_train_end(self, logs=None):
-        self._watch.__exit__(None, None, None)
+        if self._watch is not None:
+            self._watch.__exit__(None, None, None)
+            self._watch = None
 
 
 class AverageMovingStatistics(keras.callbacks.Callback):

@@ -93,7 +93,6 @@ class _Distributed(CountsUpdates):
         _check_context()
         if self._are_compared or os.environ.get("HOROVOD_ELASTIC") == "1":
             return
-        object.__setattr__(self, "_are_compared", True)
         variables = self._trainable_variables if variables is None else list(variables)
         own = [i for i, g in enumerate(grads) if g is not None]
         with tf.init_scope():  # what has a gradient is known while a graph is traced
@@ -106,6 +105,7 @@ class _Distributed(CountsUpdates):
                     f"Variable '{name}' has a gradient on worker {has} and none on worker {lacks} "
                     f"({len(odd)} such variables): they would wait for each other for ever."
                 )
+        object.__setattr__(self, "_are_compared", True)
 
     def _reduce(self, grads, optimizer):
         dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
