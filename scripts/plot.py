@@ -1,6 +1,7 @@
 """Tables of run folders, and figures like the paper's: `python -m scripts.plot FOLDER --out=DIR`.
 
-Of all runs below the folders, which may be sweeps, single runs or anything around them, DIR gets
+Of all runs below the folders, which may be sweeps, single runs or anything around them (or a
+runs.csv of runs whose folders are gone), DIR gets
 
     runs.csv          one line a run, with its status
     table.md          top-1 of the weights and the averaged weights, over the seeds
@@ -89,7 +90,9 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m scripts.plot", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="holds runs, at any depth")
+    parser.add_argument(
+        "folders", nargs="*", metavar="FOLDER", help="holds runs, at any depth; or a runs.csv"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the figures")
     parser.add_argument("--schedule", type=int, metavar="BATCH", help="draw ImageNet's schedule")
     parser.add_argument(

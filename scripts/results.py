@@ -66,16 +66,41 @@ def status(folder):
     return "finished" if finite else "diverged"
 
 
-def read_runs(folders):
-    """All runs below some folders, those of a sweep that have not begun too.
+def read_runs(places):
+    """All runs below some folders, those of a sweep that have not begun too, and of CSV files.
+
+    Args:
+        places: paths of folders, and of files that `write_csv` wrote, whose folders may be gone.
 
     Returns:
         DataFrame, one line a run: its folder, optimizer (with the flags in which runs of the same
         optimizer differ otherwise), status, settings and the figures of its summary.
 
     Raises:
-        ValueError: if a folder is not there, or none holds a run.
+        ValueError: if a folder is not there, a file not of runs, or none holds a run.
     """
+    files = [pathlib.Path(place) for place in places if str(place).endswith(".csv")]
+    folders = [place for place in places if pathlib.Path(place) not in files]
+    tables = [_read_csv(file) for file in files]
+    if folders:
+        tables.append(_read_folders(folders))
+    runs = pd.concat(tables, ignore_index=True)
+    runs["order"] = runs["optimizer"].map(_order)
+    runs = runs.sort_values(["order", *POINT, *SETTINGS[2:]], ignore_index=True)
+    return runs.drop(columns="order")
+
+
+def _read_csv(file):
+    try:
+        runs = pd.read_csv(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if missing := {"run", "status", *POINT, *SETTINGS, *FIGURES} - set(runs):
+        raise ValueError(f"{file} is not of runs: it has no column {', '.join(sorted(missing))}")
+    return runs
+
+
+def _read_folders(folders):
     found, sweeps = set(), set()
     for folder in map(pathlib.Path, folders):
         if not folder.is_dir():
@@ -108,9 +133,7 @@ def read_runs(folders):
     for column in SETTINGS + FIGURES:
         # What is no number, as a seed of a run that failed for it, is left out.
         runs[column] = pd.to_numeric(runs[column], errors="coerce")
-    runs["order"] = runs["optimizer"].map(_order)
-    runs = runs.sort_values(["order", *POINT, *SETTINGS[2:]], ignore_index=True)
-    return runs.drop(columns="order")
+    return runs
 
 
 def read_metrics(folder, batch):

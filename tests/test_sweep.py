@@ -404,6 +404,8 @@ def test_tables_of_hand_made_runs(run_folders):
     places = [text.find(row) for row in rows]
     assert -1 not in places and places == sorted(places), text
     assert list(runs["git_revision"].unique()) == ["abc"]
+    results.write_csv(runs, run_folders / "runs.csv")
+    assert result_tables.table(results.read_runs([run_folders / "runs.csv"])) == text
     # Runs that differ in anything else must not be averaged.
     make_run(run_folders, "deep/m", 0.9, depth=56, seed=2)
     make_run(run_folders, "deep/m2", 0.8, depth=20, seed=2)
@@ -411,6 +413,11 @@ def test_tables_of_hand_made_runs(run_folders):
     assert found == {"Momentum depth=20", "Momentum depth=56", "SGD"}
     with pytest.raises(ValueError, match="there is no folder nowhere"):
         results.read_runs(["nowhere"])
+    (run_folders / "other.csv").write_text("run,seed\n")
+    with pytest.raises(
+        ValueError, match="other.csv is not of runs: it has no column averaged_top1"
+    ):
+        results.read_runs([run_folders, run_folders / "other.csv"])
 
 
 def test_what_two_sweeps_share_counts_once(tmp_path):
