@@ -31,126 +31,167 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         positions: list of ints, where each of the weights stands in "trust_ratios".
         weight_decays: list of floats.
     """
-    dtype, blends = optimizer.compute_dtype, optimizer.update_rule == "blended"
+    stages = Stages(optimizer, gradients, learning_rate, variables, positions)
+    stages.begin()
+    stages.finish_curvature()
+    stages.finish_direction()
+    stages.finish_step(weight_decays)
+    stages.assign(variables)
 
-    def read(xs):
-        return [ops.cast(x, dtype) for x in xs]
 
-    preconditioner = optimizer.preconditioner or Identity()
-    old = dict(zip(optimizer.real_names, _unstack(variables["reals"])))
-    old.update(zip(COUNTS, _unstack(variables["counts"])))
-    first = old["updates"] == 0
-    learning_rate = ops.cast(learning_rate, dtype)
-    loss = ops.cast(variables["loss"], dtype) if "loss" in variables else None
-    g, w = read(gradients), read(variables["weights"])
-    slots = {name: read(slot) for name, slot in variables["slots"].items()}
-    d, g_prev = slots["direction"], slots.get("previous_gradient")
-    state_before = {name: slots[name] for name in preconditioner.initial_state()}
-    new = {name: old[name] for name in REALS}
-    new["cap"] = ops.ones_like(old["cap"])
+class Stages:
+    """One update; its stages have the names of those in nlcg_update.h.
 
-    def step_direction(preconditioned, d, beta, kappa, cap=1.0):
+    Attributes that they leave to each other: `old` and `new`, dicts of the scalars; `w`, `g`, `d`,
+    lists of tensors; `step`, the step without its size; `sizes`, one for each of the weights.
+    """
+
+    def __init__(self, optimizer, gradients, learning_rate, variables, positions):
+        dtype = optimizer.compute_dtype
+
+        def read(xs):
+            return [ops.cast(x, dtype) for x in xs]
+
+        self.optimizer = optimizer
+        self.preconditioner = optimizer.preconditioner or Identity()
+        self.blends = optimizer.update_rule == "blended"
+        self.old = dict(zip(optimizer.real_names, _unstack(variables["reals"])))
+        self.old.update(zip(COUNTS, _unstack(variables["counts"])))
+        self.first = self.old["updates"] == 0
+        self.learning_rate = ops.cast(learning_rate, dtype)
+        self.loss = ops.cast(variables["loss"], dtype) if "loss" in variables else None
+        self.g, self.w = read(gradients), read(variables["weights"])
+        slots = {name: read(slot) for name, slot in variables["slots"].items()}
+        self.d, self.g_prev = slots["direction"], slots.get("previous_gradient")
+        self.state = {name: slots[name] for name in self.preconditioner.initial_state()}
+        self.positions = positions
+        if optimizer.lars_coefficient:
+            self.ratio_rows = _unstack(variables["trust_ratios"])
+        self.new = {name: self.old[name] for name in REALS}
+        self.new["cap"] = ops.ones_like(self.old["cap"])
+
+    def begin(self):
+        """The line search and the step size: section 3.2.2."""
+        self.alpha, search = self.learning_rate, self.optimizer.line_search
+        if search is not None:
+            state = {name: self.old[name] for name in search.initial_state()}
+            self.new.update(search.update(state, self.loss, self.old["updates"]))
+            self.alpha = self.learning_rate * self.new["learning_rate_scale"]
+
+    def finish_curvature(self):
+        """What the last step tells: its curvature, how noisy gradients are, the preconditioner."""
+        old, y, s = self.old, None, None
+        curvature, kappa = ops.zeros_like(self.alpha), ops.zeros_like(self.alpha)
+        needs_step = uses_steps(self.optimizer.preconditioner) or self.blends
+        before = None
+        if self.optimizer.update_rule == "polak_ribiere" or (
+            needs_step and self.optimizer.nesterov
+        ):
+            before, _ = self.preconditioner.apply(self.state, self.g_prev, self.optimizer.epsilon)
+        self.preconditioned_before = before
+        if needs_step:
+            step = self._look_ahead(before, self.d, old["beta"], old["kappa"], old["cap"])
+            sizes = [old["step_size"]] * len(self.w)
+            if self.optimizer.lars_coefficient:
+                sizes = [old["step_size"] * self.ratio_rows[i] for i in self.positions]
+            y = [g_i - p_i for g_i, p_i in zip(self.g, self.g_prev)]
+            s = [size_i * step_i for size_i, step_i in zip(sizes, step)]
+        if uses_steps(self.optimizer.preconditioner):
+            curvature = dot(y, s)
+        if self.blends:
+            slopes = dot(self.g, s), dot(self.g_prev, s)
+            means = old["left_over"], old["foretold"]
+            kappa, left_over, foretold = noise.trapezoid_test(
+                self.loss, old["tested_loss"], *slopes, *means, old["updates"]
+            )
+            self.new.update(tested_loss=self.loss, left_over=left_over, foretold=foretold)
+        self.state, self.accepted = self.preconditioner.update(self.state, self.g, y, s, kappa)
+        self.new.update(curvature=curvature, kappa=kappa)
+
+    def finish_direction(self):
+        """beta and the direction; with the blended rule the length of the step."""
+        old, optimizer, kappa = self.old, self.optimizer, self.new["kappa"]
+        z, mean = self.preconditioner.apply(self.state, self.g, optimizer.epsilon)
+        delta_new = dot(self.g, z)
+        if self.blends:
+            beta = direction.blended(delta_new, old["delta"], kappa, optimizer.momentum)
+        elif optimizer.update_rule == "polak_ribiere":
+            delta_mid = dot(self.g, self.preconditioned_before)
+            beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
+        else:
+            beta = direction.fletcher_reeves(delta_new, old["delta"])
+        beta = ops.where(self.first, ops.zeros_like(beta), beta)
+        self.d = [beta * d_i - z_i for z_i, d_i in zip(z, self.d)]
+        self.step = self._look_ahead(z, self.d, beta, kappa)
+        if self.blends:
+            self._set_length()
+        self.new.update(delta=delta_new, step_size=self.alpha, beta=beta, preconditioner_mean=mean)
+
+    def _look_ahead(self, preconditioned, d, beta, kappa, cap=1.0):
         """d, or with Nesterov's look-ahead z + beta d, as far as gradients are noise."""
-        if not optimizer.nesterov:
+        if not self.optimizer.nesterov:
             return d
         look_ahead = 1 - kappa
         kept = 1 - look_ahead + look_ahead * beta
         return [kept * d_i - look_ahead * cap * z_i for z_i, d_i in zip(preconditioned, d)]
 
-    # Line search
-    line_search, searched, alpha = optimizer.line_search, {}, learning_rate
-    if line_search is not None:
-        searched = {name: old[name] for name in line_search.initial_state()}
-        searched = line_search.update(searched, loss, old["updates"])
-        alpha = learning_rate * searched["learning_rate_scale"]
+    def _set_length(self):
+        """Makes up for shrinking gradients, and shortens what is much longer than the mean."""
+        old, new = self.old, self.new
+        square = dot(self.g, self.g)
+        means = old["mean_square"], old["first_square"]
+        factor, mean_square, first = noise.length_factor(square, *means, new["kappa"])
+        length = factor * ops.sqrt(dot(self.step, self.step))
+        momentum = self.optimizer.momentum
+        cap, mean_length = noise.length_cap(length, old["mean_length"], momentum)
+        self.d = [cap * d_i for d_i in self.d]
+        self.step = [cap * step_i for step_i in self.step]
+        self.alpha = self.alpha * factor
+        new.update(mean_square=mean_square, first_square=first, mean_length=mean_length, cap=cap)
 
-    # Curvature
-    y = s = preconditioned_before = None
-    curvature, kappa = ops.zeros_like(alpha), ops.zeros_like(alpha)
-    needs_step = uses_steps(optimizer.preconditioner) or blends
-    if optimizer.update_rule == "polak_ribiere" or (needs_step and optimizer.nesterov):
-        preconditioned_before, _ = preconditioner.apply(state_before, g_prev, optimizer.epsilon)
-    if needs_step:
-        step = step_direction(preconditioned_before, d, old["beta"], old["kappa"], old["cap"])
-        sizes = [old["step_size"]] * len(w)
-        if optimizer.lars_coefficient:
-            rows = _unstack(variables["trust_ratios"])
-            sizes = [old["step_size"] * rows[i] for i in positions]
-        y = [g_i - p_i for g_i, p_i in zip(g, g_prev)]
-        s = [size_i * step_i for size_i, step_i in zip(sizes, step)]
-    if uses_steps(optimizer.preconditioner):
-        curvature = dot(y, s)
-    if blends:
-        slopes = dot(g, s), dot(g_prev, s)
-        means = old["left_over"], old["foretold"]
-        kappa, left_over, foretold = noise.trapezoid_test(
-            loss, old["tested_loss"], *slopes, *means, old["updates"]
-        )
-        new.update(tested_loss=loss, left_over=left_over, foretold=foretold)
-    state, accepted = preconditioner.update(state_before, g, y, s, kappa)
+    def finish_step(self, weight_decays):
+        """The new weights, and whether all of this may be kept."""
+        sizes = [self.alpha] * len(self.w)
+        if self.optimizer.lars_coefficient:
+            pairs = zip(self.w, self.step)
+            self.ratios = [_trust_ratio(self.optimizer, w_i, step_i) for w_i, step_i in pairs]
+            sizes = [self.alpha * ratio for ratio in self.ratios]
+        self.w = [
+            (w_i - w_i * decay * self.learning_rate if decay else w_i) + size_i * step_i
+            for w_i, step_i, size_i, decay in zip(self.w, self.step, sizes, weight_decays)
+        ]
+        self.new["cosine"] = _cosine(self.g, self.step)
+        # Nothing changes if anything is not finite.
+        checked = [*self.g, self.alpha]
+        self.applied = all_finite(checked if self.loss is None else [*checked, self.loss])
 
-    # Direction
-    preconditioned, mean = preconditioner.apply(state, g, optimizer.epsilon)
-    delta_new = dot(g, preconditioned)
-    if blends:
-        beta = direction.blended(delta_new, old["delta"], kappa, optimizer.momentum)
-    elif optimizer.update_rule == "polak_ribiere":
-        delta_mid = dot(g, preconditioned_before)
-        beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
-    else:
-        beta = direction.fletcher_reeves(delta_new, old["delta"])
-    beta = ops.where(first, ops.zeros_like(beta), beta)
-    d = [beta * d_i - z_i for z_i, d_i in zip(preconditioned, d)]
+    def assign(self, variables):
+        """Assigns what the update made, or leaves every bit as it was."""
+        applied = self.applied
 
-    # Step
-    step = step_direction(preconditioned, d, beta, kappa)
-    if blends:
-        factor, *squares = noise.length_factor(
-            dot(g, g), old["mean_square"], old["first_square"], kappa
-        )
-        length = factor * ops.sqrt(dot(step, step))
-        cap, mean_length = noise.length_cap(length, old["mean_length"], optimizer.momentum)
-        d, step = [cap * d_i for d_i in d], [cap * step_i for step_i in step]
-        alpha = alpha * factor
-        new.update(zip(("mean_square", "first_square"), squares))
-        new.update(mean_length=mean_length, cap=cap)
-    sizes = [alpha] * len(w)
-    if optimizer.lars_coefficient:
-        ratios = [_trust_ratio(optimizer, w_i, step_i) for w_i, step_i in zip(w, step)]
-        sizes = [alpha * ratio for ratio in ratios]
-    w = [
-        (w_i - w_i * decay * learning_rate if decay else w_i) + size_i * step_i
-        for w_i, step_i, size_i, decay in zip(w, step, sizes, weight_decays)
-    ]
-    new.update(delta=delta_new, step_size=alpha, beta=beta, curvature=curvature, **searched)
-    new.update(cosine=_cosine(g, step), kappa=kappa, preconditioner_mean=mean)
+        def assign(variable, value):
+            value = ops.cast(value, variable.dtype)
+            variable.assign(ops.where(applied, value, ops.convert_to_tensor(variable)))
 
-    # Nothing changes if anything is not finite.
-    applied = all_finite([*g, alpha] if loss is None else [*g, alpha, loss])
-
-    def assign(variable, value):
-        value = ops.cast(value, variable.dtype)
-        variable.assign(ops.where(applied, value, ops.convert_to_tensor(variable)))
-
-    values = {"direction": d, "previous_gradient": g, **state}
-    pairs = [zip(variables["weights"], w)]
-    pairs += [zip(slot, values[name]) for name, slot in variables["slots"].items()]
-    for variable, value in itertools.chain(*pairs):
-        assign(variable, value)
-    if optimizer.lars_coefficient:
-        rows = _unstack(variables["trust_ratios"])
-        for position, ratio in zip(positions, ratios):
-            rows[position] = ratio
-        assign(variables["trust_ratios"], ops.stack(rows))
-    if "curvature_sums" in variables:  # not kept here, and thereby said to be unknown
-        sums = variables["curvature_sums"]
-        assign(sums, ops.full(sums.shape, -1.0, sums.dtype))
-    assign(variables["reals"], ops.stack([new[name] for name in optimizer.real_names]))
-    rejected = applied & ops.logical_not(first | accepted)
-    changes = [applied, ops.logical_not(applied), rejected]
-    changes = [ops.cast(change, old["updates"].dtype) for change in changes]
-    counts = [old[name] + change for name, change in zip(COUNTS, changes)]
-    variables["counts"].assign(ops.stack([*counts, changes[0]]))
+        values = {"direction": self.d, "previous_gradient": self.g, **self.state}
+        pairs = [zip(variables["weights"], self.w)]
+        pairs += [zip(slot, values[name]) for name, slot in variables["slots"].items()]
+        for variable, value in itertools.chain(*pairs):
+            assign(variable, value)
+        if self.optimizer.lars_coefficient:
+            for position, ratio in zip(self.positions, self.ratios):
+                self.ratio_rows[position] = ratio
+            assign(variables["trust_ratios"], ops.stack(self.ratio_rows))
+        if "curvature_sums" in variables:  # not kept here, and thereby said to be unknown
+            sums = variables["curvature_sums"]
+            assign(sums, ops.full(sums.shape, -1.0, sums.dtype))
+        reals = ops.stack([self.new[name] for name in self.optimizer.real_names])
+        assign(variables["reals"], reals)
+        rejected = applied & ops.logical_not(self.first | self.accepted)
+        changes = [applied, ops.logical_not(applied), rejected]
+        changes = [ops.cast(change, self.old["updates"].dtype) for change in changes]
+        counts = [self.old[name] + change for name, change in zip(COUNTS, changes)]
+        variables["counts"].assign(ops.stack([*counts, changes[0]]))
 
 
 def _unstack(variable):

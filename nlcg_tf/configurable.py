@@ -31,6 +31,22 @@ def is_fraction(value):
     return is_number(value) and 0 < value <= 1
 
 
+def check_choice(name, value, choices):
+    """Raises a ValueError for a value that is none of the choices, as 1 for True."""
+    if not any(value is choice or (value == choice and type(value) is str) for choice in choices):
+        options = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {options}. Received: {name}={value!r}")
+
+
+def check_number(name, value, least, most):
+    """Raises a ValueError for what is no number between two."""
+    valid = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not valid or not least <= value <= most:
+        raise ValueError(
+            f"`{name}` must be a number between {least} and {most}. Received: {name}={value!r}"
+        )
+
+
 def resolve(argument, identifier, classes, methods):
     """The object that an argument names.
 

@@ -1,8 +1,6 @@
 """The NLCG optimizer, after Adya, Palakkode & Tuzel 2018, arXiv 1812.02886."""
 
-import json
 import logging
-import numbers
 
 import keras
 import numpy as np
@@ -13,17 +11,16 @@ from nlcg_tf import line_search as line_searches
 from nlcg_tf import preconditioner as preconditioners
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.composed import COUNTS, REALS
+from nlcg_tf.configurable import check_choice, check_number
+from nlcg_tf.observed_loss import ObservesLoss
+from nlcg_tf.saving import KnowsItsLayout
 
 loss_scaling.forward_loss_to_inner_optimizer()
 logger = logging.getLogger("nlcg_tf")
 
-# In `observed_loss` where none was observed since the last `apply`. As a loss it is not finite: an
-# update with it is skipped.
-NO_LOSS = -np.inf
-
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
-class NLCG(CountsUpdates, keras.optimizers.Optimizer):
+class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimizer):
     """Preconditioned nonlinear conjugate gradients for mini-batches of any size.
 
     The whole weight vector w (all trainable variables together) moves along a conjugate direction d
@@ -107,13 +104,13 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         name="nlcg",
         **kwargs,
     ):
-        _check("update_rule", update_rule, list(direction.RULES))
-        _check("nesterov", nesterov, [True, False])
-        _check("fused", fused, ["auto", True, False])
-        _check_number("momentum", momentum, 0, 1 - 1e-9)
-        _check_number("epsilon", epsilon, 1e-37, 1e30)
+        check_choice("update_rule", update_rule, list(direction.RULES))
+        check_choice("nesterov", nesterov, [True, False])
+        check_choice("fused", fused, ["auto", True, False])
+        check_number("momentum", momentum, 0, 1 - 1e-9)
+        check_number("epsilon", epsilon, 1e-37, 1e30)
         if lars_coefficient is not None:
-            _check_number("lars_coefficient", lars_coefficient, 1e-300, 1e30)
+            check_number("lars_coefficient", lars_coefficient, 1e-300, 1e30)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.update_rule = update_rule
         self.preconditioner = preconditioners.get(preconditioner)
@@ -123,16 +120,7 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         self.epsilon = epsilon
         self.lars_coefficient = lars_coefficient
         self.fused = fused
-        self._uses_loss = self.line_search is not None or update_rule == "blended"
-        if self._uses_loss:
-            # A custom loop may observe a loss before the first update builds the slots.
-            self.observed_loss = self._add_state("observed_loss", NO_LOSS, keras.config.floatx())
-            self.update_loss = self.observed_loss
-            if self.gradient_accumulation_steps:
-                # The mean over the micro-steps whose gradients were applied.
-                self.update_loss = self._add_state("update_loss", 0.0, keras.config.floatx())
-        self._pending_loss = None
-        self._loss_is_known = self._loss_comes_from_graph = False
+        self._watch_loss(self.line_search is not None or update_rule == "blended")
         self._count_without_slots = len(self.variables)
 
     def build(self, var_list):
@@ -173,89 +161,6 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         initial = [*[0.0] * len(REALS), *state.values()]
         self.reals = self._add_state("reals", initial, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
-
-    def _add_state(self, name, values, dtype):
-        return self.add_variable(
-            np.shape(values),
-            initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
-            dtype=dtype,
-            aggregation="only_first_replica",
-            name=name,
-        )
-
-    def observe_loss(self, loss):
-        """Tells the optimizer the loss of the coming update.
-
-        For custom training loops, before `apply` or `apply_gradients`; `fit` does it by itself.
-        Under `gradient_accumulation_steps` call it on each micro-batch: the losses are averaged.
-        Under a `tf.distribute` strategy call it in the replica context, with the loss already
-        divided by the number of replicas, as its gradient must be.
-
-        Args:
-            loss: scalar tensor or float. With several Horovod workers, this worker's own mean.
-
-        Raises:
-            ValueError: if `loss` is not a scalar.
-        """
-        if not self._uses_loss:
-            return
-        loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
-        if len(loss.shape) != 0:
-            raise ValueError(f"`loss` must be a scalar. Received: shape={tuple(loss.shape)}")
-        if keras.backend.backend() == "tensorflow":
-            from nlcg_tf import replicas
-
-            self.observed_loss.assign(replicas.sum_over_replicas([loss])[0])
-            # What is traced once runs many times: from then on a graph brings the losses.
-            self._loss_comes_from_graph |= replicas.is_tracing()
-        else:
-            # A stateless training step keeps no assignment made outside `stateless_apply`.
-            self._pending_loss = loss
-        self._loss_is_known = True
-
-    def scale_loss(self, loss):
-        """Keras' hook before the gradients are computed: here the optimizer sees the loss."""
-        self.observe_loss(loss)
-        return super().scale_loss(loss)
-
-    def apply(self, grads, trainable_variables=None):
-        """Does one update; see `keras.optimizers.Optimizer.apply`.
-
-        Raises:
-            ValueError: if no loss was observed since the last call, and the line search or
-                the update rule needs one. (In a graph that was traced before, such an update is
-                skipped.)
-        """
-        if not self._uses_loss:
-            super().apply(grads, trainable_variables)
-            return
-        self._check_loss()
-        if self._pending_loss is not None:
-            loss, self._pending_loss = self._pending_loss, None
-            self.observed_loss.assign(loss)
-        if self.update_loss is not self.observed_loss:
-            # Here, not where it is observed: loss scaling may drop a micro-step in between.
-            position = ops.cast(self._micro_step(), self.update_loss.dtype)
-            loss = ops.convert_to_tensor(self.observed_loss)
-            mean = self.update_loss + (loss - self.update_loss) / (position + 1)
-            self.update_loss.assign(ops.where(position == 0, loss, mean))
-        super().apply(grads, trainable_variables)
-        self.observed_loss.assign(ops.full((), NO_LOSS, self.observed_loss.dtype))
-
-    def _check_loss(self):
-        known, self._loss_is_known = self._loss_is_known, False
-        if not known and self._loss_comes_from_graph:
-            # A call of the graph leaves nothing in Python.
-            from nlcg_tf import replicas
-
-            known = replicas.is_tracing() or self.observed_loss.numpy() != NO_LOSS
-        if not known:
-            raise ValueError(
-                "NLCG has not seen the loss of this update. Call `optimizer.observe_loss(loss)` "
-                "before the gradients are applied. Without a loss work "
-                "`update_rule='fletcher_reeves'` or 'polak_ribiere' with `line_search=None`. "
-                f"Received: update_rule={self.update_rule!r}, line_search={self.line_search!r}"
-            )
 
     def _apply_weight_decay(self, variables):
         """Left to the update, so that a skipped update leaves the weights alone."""
@@ -329,65 +234,6 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
             values.update(zip(COUNTS, ops.convert_to_numpy(self.counts).tolist()))
         return {name: float(values[name]) for name in shown}
 
-    def save_own_variables(self, store):
-        """Stores the variables, and which settings they belong to."""
-        super().save_own_variables(store)
-        store["layout"] = np.frombuffer(json.dumps(self._layout()).encode(), np.uint8)
-
-    def _layout(self):
-        """The settings that decide which variables there are and what they mean."""
-        names = {
-            name: type(getattr(self, name)).__name__ for name in ("preconditioner", "line_search")
-        }
-        return {
-            **names,
-            "slots": [*self.slots] if self.built else [],
-            "nesterov": self.nesterov,
-            "lars_coefficient": self.lars_coefficient is not None,
-            "use_ema": self.use_ema,
-            "gradient_accumulation_steps": bool(self.gradient_accumulation_steps),
-        }
-
-    def load_own_variables(self, store):
-        """Restores the optimizer from a saved model.
-
-        An optimizer without slots yet, or a file without optimizer state, is what Keras makes of
-        it: a warning, and the weights alone are loaded.
-
-        Raises:
-            ValueError: if the saved state is of other settings, where Keras would only warn or
-                take one variable for another.
-        """
-        saved = {name: store[name] for name in store.keys() if name != "layout"}
-        if self.built and len(saved) == self._count_without_slots:
-            # Saved before the first update: there are no slots to restore.
-            for i, variable in enumerate(self.variables[: self._count_without_slots]):
-                variable.assign(saved[str(i)])
-            return
-        if self.built and saved:
-            self._check_layout(store, len(saved))
-        super().load_own_variables(saved)
-
-    def _check_layout(self, store, count):
-        if "layout" not in store.keys():
-            raise ValueError(
-                f"The saved state of optimizer '{self.name}' does not say which settings it "
-                "belongs to: an older version of nlcg_tf saved it, or another optimizer."
-            )
-        layout, own = json.loads(np.asarray(store["layout"]).tobytes()), self._layout()
-        other = [
-            f"{name}: saved {layout.get(name)!r}, wanted {own[name]!r}"
-            for name in own
-            if layout.get(name) != own[name]
-        ]
-        if count != len(self.variables):
-            other.append(f"variables: saved {count}, wanted {len(self.variables)}")
-        if other:
-            raise ValueError(
-                f"The saved state of optimizer '{self.name}' is of other settings: "
-                + "; ".join(other)
-            )
-
     def get_config(self):
         config = super().get_config()
         config.update(
@@ -407,17 +253,3 @@ class NLCG(CountsUpdates, keras.optimizers.Optimizer):
         """The reverse of `get_config`; `custom_objects` maps names to classes of your own."""
         with keras.saving.custom_object_scope(custom_objects or {}):
             return super().from_config(dict(config), custom_objects)
-
-
-def _check(name, value, choices):
-    if not any(value is choice or (value == choice and type(value) is str) for choice in choices):
-        options = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"`{name}` must be one of {options}. Received: {name}={value!r}")
-
-
-def _check_number(name, value, least, most):
-    valid = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not valid or not least <= value <= most:
-        raise ValueError(
-            f"`{name}` must be a number between {least} and {most}. Received: {name}={value!r}"
-        )

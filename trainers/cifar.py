@@ -1,35 +1,48 @@
 """Trains a CIFAR ResNet: `python -m trainers.cifar --flagfile=configs/digits.cfg`."""
 
+import trainers.quick_start  # noqa: F401
+
+# isort: split
+
 import functools
 
 from absl import flags
 
 import nlcg_tf
-from trainers import data, models, settings
-from trainers.run import main
+from trainers.data import memory
+from trainers.engine.run import main
+from trainers.flags import decides, free, weight_decay
+from trainers.models import cifar_resnet
+from trainers.task import Task
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_enum("dataset", "digits", list(data.TRAINING_EXAMPLES), "Images to train on.")
-flags.DEFINE_bool("download", False, "Let TensorFlow Datasets download what is missing.")
-flags.DEFINE_integer(
-    "training_examples", None, "Train on so many images only, the first ones.", lower_bound=1
+flags.DEFINE_string(
+    decides("dataset"), "digits", f"Images to train on: {', '.join(memory.DATA_SETS)}."
 )
-flags.DEFINE_integer("depth", 32, "Depth of the ResNet, 6n + 2: 8, 20, 32, 56.")
+flags.register_validator(
+    "dataset",
+    lambda name: name in memory.DATA_SETS,
+    f"must be one of {', '.join(memory.DATA_SETS)}",
+)
+flags.DEFINE_bool(free("download"), False, "Let TensorFlow Datasets download what is missing.")
+flags.DEFINE_integer(
+    decides("training_examples"),
+    None,
+    "Train on so many images only, the first ones.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(decides("depth"), 32, "Depth of the ResNet, 6n + 2: 8, 20, 32, 56.")
 
 # The paper's runs on CIFAR-100 have no line search below this global batch.
 LINE_SEARCH_FROM = 2048
 TEST_BATCH_SIZE = 500
 
 
-class Cifar:
-    """The task of this trainer; see `trainers.run.run`."""
+class Cifar(Task):
+    """The task of this trainer."""
 
     trainer = "trainers.cifar"
-    class_names = None  # the data sets' own numbers
-
-    def __init__(self):
-        self.skipped = set()  # none: damage is an error here
 
     @property
     def name(self):
@@ -37,25 +50,27 @@ class Cifar:
 
     @property
     def examples(self):
-        return FLAGS.training_examples or data.TRAINING_EXAMPLES[FLAGS.dataset]
+        return FLAGS.training_examples or self.data_set.training_examples
+
+    @property
+    def data_set(self):
+        return memory.DATA_SETS[FLAGS.dataset]
 
     @functools.cached_property
     def classes(self):
-        return data.CLASSES[FLAGS.dataset]
+        return self.data_set.classes
 
     @property
     def default_line_search(self):
         return "online" if FLAGS.global_batch_size >= LINE_SEARCH_FROM else "none"
 
-    @property
-    def identity(self):
-        return {name: FLAGS[name].value for name in ("dataset", "depth", "training_examples")}
-
     def check(self):
-        models.check_depth(FLAGS.depth)
-        if FLAGS.dataset == "digits" and (FLAGS.data_dir or FLAGS.download):
-            raise ValueError("--dataset=digits comes with scikit-learn: no --data_dir, --download")
-        there_are = data.TRAINING_EXAMPLES[FLAGS.dataset]
+        cifar_resnet.check_depth(FLAGS.depth)
+        if not self.data_set.has_folder and (FLAGS.data_dir or FLAGS.download):
+            raise ValueError(
+                f"--dataset={FLAGS.dataset} comes with a package: no --data_dir, --download"
+            )
+        there_are = self.data_set.training_examples
         if self.examples > there_are:
             raise ValueError(
                 f"--training_examples={self.examples} is more than the {there_are} of "
@@ -68,18 +83,18 @@ class Cifar:
         )
 
     def load(self):
-        self.data = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.download)
+        self.data = self.data_set.load(FLAGS.data_dir, FLAGS.download)
         self.data.train = tuple(part[: self.examples] for part in self.data.train)
 
     def model(self):
-        shape = data.IMAGE_SHAPES[FLAGS.dataset]
-        return models.cifar_resnet(FLAGS.depth, shape, self.classes, settings.weight_decay())
+        shape = self.data_set.image_shape
+        return cifar_resnet.cifar_resnet(FLAGS.depth, shape, self.classes, weight_decay())
 
     def training_batches(self, plan, rank, seed, epoch, first_update):
-        return data.training_batches(self.data, plan, rank, seed, epoch, first_update)
+        return memory.training_batches(self.data, plan, rank, seed, epoch, first_update)
 
     def test_batches(self, rank, workers):
-        return data.test_batches(self.data, TEST_BATCH_SIZE, rank, workers)
+        return memory.test_batches(self.data, TEST_BATCH_SIZE, rank, workers)
 
 
 TASK = Cifar

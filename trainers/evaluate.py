@@ -1,16 +1,21 @@
 """Evaluates or exports a saved run: `python -m trainers.evaluate --checkpoint=runs/mine`."""
 
+import trainers.quick_start  # noqa: F401
+
+# isort: split
+
 import importlib
-import json
 import pathlib
 
 import keras
 import tensorflow as tf
 from absl import app, flags
 
-from trainers import settings, workers
-from trainers.checkpoints import STATE, Checkpoints, damage
-from trainers.evaluation import Evaluator
+from trainers.engine import folder
+from trainers.engine.checkpoints import STATE, Checkpoints, damage
+from trainers.engine.cluster import OneProcess
+from trainers.engine.evaluator import Evaluator
+from trainers.engine.run import configure_keras
 
 FLAGS = flags.FLAGS
 
@@ -24,7 +29,7 @@ flags.DEFINE_string("export", None, "File NAME.keras to write the model to, inst
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    settings.configure_keras()
+    configure_keras()
     try:
         if not FLAGS.checkpoint:
             raise ValueError("--checkpoint is needed: a run folder, or one of its checkpoints")
@@ -46,7 +51,7 @@ def main(argv):
             model.save(FLAGS.export)
             print(f"{checkpoint.name}: written to {FLAGS.export}")
             return
-        loss, top1, top5 = Evaluator(model)(task.test_batches(0, 1), workers.OneProcess())
+        loss, top1, top5 = Evaluator(model)(task.test_batches(0, 1), OneProcess())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{checkpoint.name}: loss {loss:.4f}  top-1 {top1:.2%}  top-5 {top5:.2%}")
@@ -56,40 +61,39 @@ def parse(argv):
     """Parses the flags, which are also those of the trainer that made the run."""
     FLAGS(argv, known_only=True)
     saved = pathlib.Path(FLAGS.checkpoint or "").resolve()
-    for folder in (saved, saved.parent.parent):
-        if (folder / "flags.json").is_file():
-            importlib.import_module(_saved_flags(folder)["trainer"])
+    for place in (saved, saved.parent.parent):
+        if (place / folder.FLAGS).is_file():
+            importlib.import_module(_saved_flags(place)["trainer"])
             break
     FLAGS.unparse_flags()
     return FLAGS(argv)
 
 
-def _saved_flags(folder):
-    try:
-        saved = json.loads((folder / "flags.json").read_text())["flags"]
-        saved["trainer"], saved["classes"]  # every run has them
-    except (ValueError, KeyError) as error:
-        raise SystemExit(f"error: {folder / 'flags.json'} is not of a run: {error}") from None
+def _saved_flags(place):
+    saved = folder.read_flags(place)
+    if saved is None or not set(folder.DESCRIBED[:2]) <= set(saved):
+        raise SystemExit(f"error: {place / folder.FLAGS} is not of a run")
     return saved
 
 
 def _newest(path):
     """The checkpoint meant by a run folder or a checkpoint's own."""
     path = path.resolve()
-    if path.parent.name == "checkpoints":
+    if path.parent.name == folder.CHECKPOINTS:
         problem = damage(path)
         if problem:
             raise ValueError(f"--checkpoint={path} is damaged: {problem}")
         return path
-    found, _ = Checkpoints(path / "checkpoints").newest(print)
+    checkpoints = path / folder.CHECKPOINTS
+    found, _ = Checkpoints(checkpoints).newest(print)
     if found is None:
-        raise ValueError(f"--checkpoint={path}: no checkpoint under {path / 'checkpoints'}")
+        raise ValueError(f"--checkpoint={path}: no checkpoint under {checkpoints}")
     return found
 
 
-def _task(folder):
-    """The task of the run in `folder`, with its flags set as they were, and the class names."""
-    saved = _saved_flags(folder)
+def _task(place):
+    """The task of the run in a folder, with its flags set as they were, and the class names."""
+    saved = _saved_flags(place)
     task = importlib.import_module(saved["trainer"]).TASK()
     task.classes = saved["classes"]  # known without the data
     given = {name for name in saved if name in FLAGS and FLAGS[name].present}

@@ -1,26 +1,35 @@
 """Trains ResNet-50 on ImageNet: `python -m trainers.imagenet --dataset=folder --data_dir=DIR`."""
 
+import trainers.quick_start  # noqa: F401
+
+# isort: split
+
 import functools
 
 from absl import flags
 
 import nlcg_tf
-from trainers import imagenet_data, resnet50, settings
-from trainers.run import main
+from trainers.data import photos, sources
+from trainers.engine.run import main
+from trainers.flags import decides, free, weight_decay
+from trainers.models import resnet50
+from trainers.task import Task
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_enum(
-    "dataset",
+    decides("dataset"),
     "imagenet2012",
     ["imagenet2012", "folder", "synthetic"],
     "TensorFlow Datasets' imagenet2012; a folder with train/CLASS/*.JPEG and validation/CLASS/* "
     "(or val); or images made up, to measure speed.",
 )
-flags.DEFINE_enum("model", "v1", list(resnet50.VERSIONS), "ResNet-50 v1 or v2.")
-flags.DEFINE_integer("image_size", 299, "Height and width of the images, 299 in the paper.")
+flags.DEFINE_enum(decides("model"), "v1", list(resnet50.VERSIONS), "ResNet-50 v1 or v2.")
 flags.DEFINE_integer(
-    "max_corrupt_examples", 0, "How many damaged images each worker may skip.", lower_bound=0
+    decides("image_size"), 299, "Height and width of the images, 299 in the paper."
+)
+flags.DEFINE_integer(
+    free("max_corrupt_examples"), 0, "How many damaged images each worker may skip.", lower_bound=0
 )
 
 TEST_BATCH_SIZE = 100
@@ -29,8 +38,8 @@ EXAMPLES, CLASSES = 1_281_167, 1000
 SYNTHETIC_UPDATES = 50
 
 
-class ImageNet:
-    """The task of this trainer; see `trainers.run.run`."""
+class ImageNet(Task):
+    """The task of this trainer."""
 
     trainer = "trainers.imagenet"
     default_line_search = "online"
@@ -44,11 +53,11 @@ class ImageNet:
         if FLAGS.dataset == "synthetic":
             # An epoch short enough to wait for its images per second.
             examples = SYNTHETIC_UPDATES * FLAGS.global_batch_size
-            return imagenet_data.Synthetic(FLAGS.image_size, examples=examples)
+            return photos.Synthetic(FLAGS.image_size, examples=examples)
         arguments = (FLAGS.data_dir, FLAGS.image_size, FLAGS.max_corrupt_examples)
         if FLAGS.dataset == "folder":
-            return imagenet_data.open_folder(*arguments)
-        return imagenet_data.open_tfds(*arguments)
+            return sources.open_folder(*arguments)
+        return sources.open_tfds(*arguments)
 
     @property
     def examples(self):
@@ -73,8 +82,7 @@ class ImageNet:
 
     @property
     def identity(self):
-        flags = {name: FLAGS[name].value for name in ("dataset", "model", "image_size")}
-        return {**flags, "data_dir's files": self.data.digest}
+        return {"data_dir's files": self.data.digest}
 
     def check(self):
         if FLAGS.dataset == "folder" and not FLAGS.data_dir:
@@ -98,9 +106,7 @@ class ImageNet:
         self.data  # noqa: B018 (opened here, where an error is reported well)
 
     def model(self):
-        return resnet50.resnet50(
-            FLAGS.model, FLAGS.image_size, self.classes, settings.weight_decay()
-        )
+        return resnet50.resnet50(FLAGS.model, FLAGS.image_size, self.classes, weight_decay())
 
     def training_batches(self, plan, rank, seed, epoch, first_update):
         return self.data.training_batches(plan, rank, seed, epoch, first_update)

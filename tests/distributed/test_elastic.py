@@ -6,7 +6,7 @@ import subprocess
 
 import psutil
 
-from distributed.launch import ROOT, TRAINER, environment, needs_horovod, records, wait_for
+from tests.support.launch import ROOT, TRAINER, environment, needs_horovod, records, wait_for
 
 COMMIT_STEPS = 4
 HOSTS = ("localhost:1\n", "127.0.0.1:1\n")

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from distributed.launch import horovodrun, needs_horovod
+from tests.support.launch import horovodrun, needs_horovod
 
 SCRIPT = pathlib.Path(__file__).with_name("failing.py")
 

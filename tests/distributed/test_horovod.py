@@ -1,4 +1,4 @@
-"""Two real workers: the checks of checks.py, and the CIFAR trainer under each launcher."""
+"""Two real workers: the checks of the other files, and the CIFAR trainer under each launcher."""
 
 import importlib.util
 import json
@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from distributed.launch import ROOT, TRAINER, has_mpi, horovodrun, mpirun, needs_horovod, run
+from tests.support.launch import ROOT, TRAINER, has_mpi, horovodrun, mpirun, needs_horovod, run
 
-CHECKS_FILE = pathlib.Path(__file__).parent / "checks.py"
-CHECKS = re.findall(r"^def (check_\w+)", CHECKS_FILE.read_text(), re.M)
+FILES = sorted(pathlib.Path(__file__).parent.glob("checks_*.py"))
+CHECKS = [name for f in FILES for name in re.findall(r"^def (check_\w+)", f.read_text(), re.M)]
 LAUNCHERS = {
     "alone": lambda *command: run(command),
     "horovodrun": horovodrun,
@@ -21,7 +21,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def outcome():
-    return horovodrun(sys.executable, CHECKS_FILE)
+    return horovodrun(sys.executable, "-m", "tests.distributed.run_checks")
 
 
 @needs_horovod
@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_the_batch(tmp_path):
 @needs_horovod
 def test_killed_runs_end_as_if_they_had_been_left_alone(tmp_path):
     """A short version of the script: two kills, two workers, the same bits at the end."""
-    command = ["-m", "scripts.kill_test", "--kills=2", "--epochs=15", "--seed=1"]
+    command = ["-m", "tests.trainers.kill_test", "--kills=2", "--epochs=15", "--seed=1"]
     result = run([sys.executable, *command, "--workers", "2", "--folder", tmp_path])
     assert result.returncode == 0, result.stderr[-4000:]
     assert "2 worker(s): 2 kills" in result.stdout and "bit for bit" in result.stdout

@@ -1,0 +1,109 @@
+"""How an optimizer sees the loss, in `fit` and in loops of a user's own."""
+
+import keras
+import numpy as np
+from keras import ops
+
+# In `observed_loss` where none was observed since the last `apply`. As a loss it is not finite: an
+# update with it is skipped.
+NO_LOSS = -np.inf
+
+
+class ObservesLoss:
+    """Mixin for a Keras optimizer: each update has its loss in `update_loss`."""
+
+    def _watch_loss(self, uses_loss):
+        """To be called in `__init__`; `uses_loss`: whether updates need a loss."""
+        self._uses_loss = uses_loss
+        if uses_loss:
+            # A custom loop may observe a loss before the first update builds the slots.
+            self.observed_loss = self._add_state("observed_loss", NO_LOSS, keras.config.floatx())
+            self.update_loss = self.observed_loss
+            if self.gradient_accumulation_steps:
+                # The mean over the micro-steps whose gradients were applied.
+                self.update_loss = self._add_state("update_loss", 0.0, keras.config.floatx())
+        self._pending_loss = None
+        self._loss_is_known = self._loss_comes_from_graph = False
+
+    def _add_state(self, name, values, dtype):
+        return self.add_variable(
+            np.shape(values),
+            initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
+            dtype=dtype,
+            aggregation="only_first_replica",
+            name=name,
+        )
+
+    def observe_loss(self, loss):
+        """Tells the optimizer the loss of the coming update.
+
+        For custom training loops, before `apply` or `apply_gradients`; `fit` does it by itself.
+        Under `gradient_accumulation_steps` call it on each micro-batch: the losses are averaged.
+        Under a `tf.distribute` strategy call it in the replica context, with the loss already
+        divided by the number of replicas, as its gradient must be.
+
+        Args:
+            loss: scalar tensor or float. With several Horovod workers, this worker's own mean.
+
+        Raises:
+            ValueError: if `loss` is not a scalar.
+        """
+        if not self._uses_loss:
+            return
+        loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
+        if len(loss.shape) != 0:
+            raise ValueError(f"`loss` must be a scalar. Received: shape={tuple(loss.shape)}")
+        if keras.backend.backend() == "tensorflow":
+            from nlcg_tf import replicas
+
+            self.observed_loss.assign(replicas.sum_over_replicas([loss])[0])
+            # What is traced once runs many times: from then on a graph brings the losses.
+            self._loss_comes_from_graph |= replicas.is_tracing()
+        else:
+            # A stateless training step keeps no assignment made outside `stateless_apply`.
+            self._pending_loss = loss
+        self._loss_is_known = True
+
+    def scale_loss(self, loss):
+        """Keras' hook before the gradients are computed: here the optimizer sees the loss."""
+        self.observe_loss(loss)
+        return super().scale_loss(loss)
+
+    def apply(self, grads, trainable_variables=None):
+        """Does one update; see `keras.optimizers.Optimizer.apply`.
+
+        Raises:
+            ValueError: if no loss was observed since the last call, and the line search or
+                the update rule needs one. (In a graph that was traced before, such an update is
+                skipped.)
+        """
+        if not self._uses_loss:
+            super().apply(grads, trainable_variables)
+            return
+        self._check_loss()
+        if self._pending_loss is not None:
+            loss, self._pending_loss = self._pending_loss, None
+            self.observed_loss.assign(loss)
+        if self.update_loss is not self.observed_loss:
+            # Here, not where it is observed: loss scaling may drop a micro-step in between.
+            position = ops.cast(self._micro_step(), self.update_loss.dtype)
+            loss = ops.convert_to_tensor(self.observed_loss)
+            mean = self.update_loss + (loss - self.update_loss) / (position + 1)
+            self.update_loss.assign(ops.where(position == 0, loss, mean))
+        super().apply(grads, trainable_variables)
+        self.observed_loss.assign(ops.full((), NO_LOSS, self.observed_loss.dtype))
+
+    def _check_loss(self):
+        known, self._loss_is_known = self._loss_is_known, False
+        if not known and self._loss_comes_from_graph:
+            # A call of the graph leaves nothing in Python.
+            from nlcg_tf import replicas
+
+            known = replicas.is_tracing() or self.observed_loss.numpy() != NO_LOSS
+        if not known:
+            raise ValueError(
+                "NLCG has not seen the loss of this update. Call `optimizer.observe_loss(loss)` "
+                "before the gradients are applied. Without a loss work "
+                "`update_rule='fletcher_reeves'` or 'polak_ribiere' with `line_search=None`. "
+                f"Received: update_rule={self.update_rule!r}, line_search={self.line_search!r}"
+            )

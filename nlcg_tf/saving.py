@@ -1,0 +1,71 @@
+"""A saved optimizer says which settings its state belongs to."""
+
+import json
+
+import numpy as np
+
+
+class KnowsItsLayout:
+    """Mixin for a Keras optimizer: a state of other settings is refused by name.
+
+    Keras restores by position, and only warns where the numbers of variables differ.
+    """
+
+    def save_own_variables(self, store):
+        """Stores the variables, and which settings they belong to."""
+        super().save_own_variables(store)
+        store["layout"] = np.frombuffer(json.dumps(self._layout()).encode(), np.uint8)
+
+    def _layout(self):
+        """The settings that decide which variables there are and what they mean."""
+        names = {
+            name: type(getattr(self, name)).__name__ for name in ("preconditioner", "line_search")
+        }
+        return {
+            **names,
+            "slots": [*self.slots] if self.built else [],
+            "nesterov": self.nesterov,
+            "lars_coefficient": self.lars_coefficient is not None,
+            "use_ema": self.use_ema,
+            "gradient_accumulation_steps": bool(self.gradient_accumulation_steps),
+        }
+
+    def load_own_variables(self, store):
+        """Restores the optimizer from a saved model.
+
+        An optimizer without slots yet, or a file without optimizer state, is what Keras makes of
+        it: a warning, and the weights alone are loaded.
+
+        Raises:
+            ValueError: if the saved state is of other settings, where Keras would only warn or
+                take one variable for another.
+        """
+        saved = {name: store[name] for name in store.keys() if name != "layout"}
+        if self.built and len(saved) == self._count_without_slots:
+            # Saved before the first update: there are no slots to restore.
+            for i, variable in enumerate(self.variables[: self._count_without_slots]):
+                variable.assign(saved[str(i)])
+            return
+        if self.built and saved:
+            self._check_layout(store, len(saved))
+        super().load_own_variables(saved)
+
+    def _check_layout(self, store, count):
+        if "layout" not in store.keys():
+            raise ValueError(
+                f"The saved state of optimizer '{self.name}' does not say which settings it "
+                "belongs to: an older version of nlcg_tf saved it, or another optimizer."
+            )
+        layout, own = json.loads(np.asarray(store["layout"]).tobytes()), self._layout()
+        other = [
+            f"{name}: saved {layout.get(name)!r}, wanted {own[name]!r}"
+            for name in own
+            if layout.get(name) != own[name]
+        ]
+        if count != len(self.variables):
+            other.append(f"variables: saved {count}, wanted {len(self.variables)}")
+        if other:
+            raise ValueError(
+                f"The saved state of optimizer '{self.name}' is of other settings: "
+                + "; ".join(other)
+            )

@@ -1,0 +1,135 @@
+"""The tables of `scripts.plot`: mean and deviation over seeds, and the best learning rates."""
+
+import math
+
+import pandas as pd
+
+from scripts.shared.runs import POINT, STATUSES
+
+
+def summarise(runs, keys=(*POINT, "learning_rate_factor")):
+    """Mean and sample standard deviation over the finished seeds, and how many runs ended how."""
+    keys = list(keys)
+    # Runs that never began may not tell their settings.
+    runs = runs.dropna(subset=keys).astype({"global_batch_size": int, "epochs": int})
+    counts = runs.groupby([*keys, "status"], sort=False).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=STATUSES, fill_value=0)
+    finished = runs[runs["status"] == "finished"].groupby(keys)
+    for column in ("top1", "averaged_top1"):
+        counts[column] = finished[column].mean()
+        counts[f"{column}_std"] = finished[column].std()
+    return counts.reset_index()
+
+
+def count_once(runs):
+    """The runs without those that repeat another, as two sweeps may; those that got furthest stay.
+
+    Of runs that failed for a setting that is no number none is known to repeat another.
+    """
+    keys = [*POINT, "learning_rate_factor", "seed"]
+    order = runs["status"].map(STATUSES.index).sort_values(kind="stable").index
+    repeated = runs.loc[order].duplicated(subset=keys) & runs[keys].notna().all(axis=1)
+    return runs[~repeated]
+
+
+def with_common_factor(runs):
+    """The runs at one factor on the learning rate, 1 or else the most frequent, and that factor."""
+    factors = runs["learning_rate_factor"]
+    factor = 1.0 if factors.eq(1).any() or factors.isna().all() else factors.mode()[0]
+    return runs[factors == factor], factor
+
+
+def has_search(runs):
+    """Whether runs differ in the factor on the learning rate."""
+    return runs.dropna(subset=POINT)["learning_rate_factor"].nunique() > 1
+
+
+def tuned(runs):
+    """`summarise` at the best factor of each optimizer, batch size and length.
+
+    Best is the highest top-1 of the search seed, the one that was run with most factors (the lowest
+    of several). Where all its runs diverged or failed there is no factor, and all are counted.
+    """
+    lines = []
+    for _, group in runs.groupby(POINT, sort=False):
+        factors = group.groupby("seed")["learning_rate_factor"].nunique()
+        # A failed run's seed may be no number.
+        seed = factors.idxmax() if len(factors) else math.nan
+        search = group[(group["seed"] == seed) & (group["status"] == "finished")]
+        if len(search):
+            factor = search.loc[search["top1"].idxmax(), "learning_rate_factor"]
+            chosen = group[group["learning_rate_factor"] == factor]
+        else:
+            factor, chosen = math.nan, group
+        line = summarise(chosen, POINT)
+        lines.append(line.assign(learning_rate_factor=factor, search_seed=seed))
+    return pd.concat(lines, ignore_index=True)
+
+
+def table(runs):
+    """The text of table.md."""
+    lines = ["# Top-1 accuracy on the test images", ""]
+    lines += [
+        "Mean ± sample standard deviation over the seeds that finished, in %; n seeds. Diverged: "
+        "the loss in training or testing was not finite; however large, a finite one is in the "
+        "mean.",
+        "",
+    ]
+    common, factor = with_common_factor(runs)
+    common = summarise(common)
+    for epochs in sorted(common["epochs"].unique()):
+        title = f"{epochs} epochs, {factor_title(factor)}"
+        lines += _tables(common[common["epochs"] == epochs], title)
+    if has_search(runs):
+        best = tuned(runs)
+        factors = ", ".join(f"{f:g}" for f in sorted(runs["learning_rate_factor"].unique()))
+        lines += [
+            "The factor on the learning rate is the one with the highest final top-1, on the test "
+            f"images, of the search seed, which is among the n. Factors: {factors}.",
+            "",
+        ]
+        for epochs in sorted(best["epochs"].unique()):
+            lines += _tables(best[best["epochs"] == epochs], f"{epochs} epochs, tuned", True)
+    others = runs[runs["status"] != "finished"]
+    if len(others):
+        lines += ["## Runs without a result", "", "| run | status | exit status |", "|---|---|---|"]
+        for _, run in others.iterrows():
+            code = "" if pd.isna(run["exit_status"]) else f"{run['exit_status']:.0f}"
+            lines.append(f"| {run['run']} | {run['status']} | {code} |")
+        lines.append("")
+    revisions = sorted(runs["git_revision"].dropna().unique())
+    lines += [f"Revisions of the code: {', '.join(revisions) or 'unknown'}.", ""]
+    return "\n".join(lines)
+
+
+def factor_title(factor):
+    return "one schedule for all" + (f", its rate times {factor:g}" if factor != 1 else "")
+
+
+def _tables(summary, title, with_factor=False):
+    lines = []
+    for column, what in (("top1", "weights"), ("averaged_top1", "averaged weights")):
+        names = list(summary["optimizer"].unique())
+        heads = [name.replace("|", "\\|") for name in names]
+        lines += [f"## {title}: {what}", "", f"| global batch | {' | '.join(heads)} |"]
+        lines.append("|---" * (1 + len(names)) + "|")
+        for batch in sorted(summary["global_batch_size"].unique()):
+            row = summary[summary["global_batch_size"] == batch].set_index("optimizer")
+            cells = [
+                _cell(row.loc[name], column, with_factor) if name in row.index else ""
+                for name in names
+            ]
+            lines.append(f"| {batch:,} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _cell(line, column, with_factor):
+    parts = ["no result"]
+    if line["finished"]:
+        spread = line[f"{column}_std"]
+        spread = "" if pd.isna(spread) else f" ± {100 * spread:.1f}"
+        parts = [f"{100 * line[column]:.1f}{spread} (n = {line['finished']:.0f})"]
+        if with_factor:
+            parts.append(f"factor {line['learning_rate_factor']:g}")
+    return ", ".join(parts + [f"{line[s]:.0f} {s}" for s in STATUSES[1:] if line[s]])

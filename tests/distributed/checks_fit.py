@@ -1,0 +1,127 @@
+"""What two Horovod workers must agree on in `fit` and its callbacks; run by run_checks.py."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import nlcg_tf.horovod as hvd
+from nlcg_tf import NLCG
+from tests.distributed.training import BATCH, expect, make, part_of
+from tests.support.problems import (
+    digits_data,
+    digits_model,
+    regression_data,
+    regression_model,
+)
+
+
+def check_a_model_that_is_not_built_cannot_be_broadcast():
+    x, y = regression_data(BATCH)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    callbacks = [hvd.BroadcastVariables()]
+    fit = lambda: model.fit(x, y, verbose=0, callbacks=callbacks)  # noqa: E731
+    expect(ValueError, "keras.Input", fit)
+
+
+def check_moving_statistics_are_averaged_by_the_callback():
+    x, y = regression_data(BATCH)
+    layers = [keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    callbacks = [hvd.BroadcastVariables(), hvd.AverageMovingStatistics()]
+    model.fit(part_of(x), part_of(y), verbose=0, validation_data=(x, y), callbacks=callbacks)
+    hvd.check_identical([*model.variables, *optimizer.variables])
+
+
+def check_metrics_are_summed_and_workers_compared_in_fit():
+    """With unequal parts the logs are those of all examples, not the mean of two means."""
+    x, y = digits_data(96)
+    size = 64 if hvd.rank() == 0 else 32
+    mine = slice(0, 64) if hvd.rank() == 0 else slice(64, 96)
+    model = digits_model()
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    metrics = ["accuracy", keras.metrics.TopKCategoricalAccuracy(3, name="top3")]
+    optimizer = hvd.DistributedOptimizer(NLCG(0.01))
+    model.compile(optimizer=optimizer, loss=loss, metrics=metrics, jit_compile=False)
+    callbacks = [hvd.WatchWorkers(), hvd.BroadcastVariables(), hvd.SumMetrics()]
+    callbacks.append(hvd.CheckIdentical())
+    history = model.fit(
+        x[mine],
+        y[mine],
+        batch_size=size,
+        epochs=2,
+        verbose=0,
+        callbacks=callbacks,
+        validation_data=(x[mine], y[mine]),
+        validation_freq=2,
+    ).history
+    model.compile(loss=loss, metrics=metrics, jit_compile=False)
+    model.evaluate(x[mine], y[mine], verbose=0)
+    summed = hvd.sum_metrics(model)
+    whole = model.evaluate(x, y, verbose=0, return_dict=True)
+    for name, value in whole.items():
+        np.testing.assert_allclose(history[f"val_{name}"][0], value, rtol=1e-6)
+        np.testing.assert_allclose(summed[name], value, rtol=1e-6)
+    # The first epoch has one update and no evaluation, the second one both.
+    assert len(history["accuracy"]) == 2 and len(history["val_accuracy"]) == 1
+    for values in history.values():
+        assert hvd.sum_over_workers(values) == [2 * value for value in values]
+    assert history["accuracy"][1] * 96 == round(history["accuracy"][1] * 96, 4)
+
+
+def check_a_worker_that_drifts_in_fit_is_named():
+    x, y = regression_data(BATCH)
+    model = regression_model()
+    optimizer = hvd.DistributedOptimizer(make("fletcher_reeves", gradient_accumulation_steps=2))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+
+    class Drift(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3 and hvd.rank() == 1:
+                model.trainable_variables[1].assign_add(tf.ones(6))
+
+    callbacks = [hvd.BroadcastVariables(), Drift(), hvd.CheckIdentical()]
+
+    # Five micro-batches: the epoch ends within a virtual batch, whose sums differ as they should.
+    def fit(callbacks):
+        targets = y[:40] * (1 + hvd.rank())
+        model.fit(x[:40], targets, batch_size=8, callbacks=callbacks, verbose=0)
+
+    fit([callbacks[0], callbacks[2]])
+    expect(RuntimeError, r"'sequential.*bias' on worker\(s\) \[1\]", fit, callbacks)
+
+
+def check_a_saved_model_loads_as_the_plain_class():
+    x, y = regression_data(BATCH)
+    model = regression_model()
+    model.compile(optimizer=hvd.DistributedOptimizer(NLCG(0.1)), loss="mse", jit_compile=False)
+    model.fit(x, y, verbose=0)
+    config = keras.saving.serialize_keras_object(model.optimizer)
+    loaded = keras.saving.deserialize_keras_object(config)
+    assert type(loaded) is NLCG and loaded.get_config() == model.optimizer.get_config()
+    sgd = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    loaded = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(sgd))
+    assert type(loaded) is keras.optimizers.SGD
+
+
+def check_unequal_work_is_refused():
+    model = regression_model()
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    x, y = regression_data(24 - 8 * hvd.rank())
+    callbacks = [hvd.WatchWorkers(), hvd.BroadcastVariables()]
+    fit = lambda: model.fit(x, y, batch_size=8, callbacks=callbacks, verbose=0)  # noqa: E731
+    expect(ValueError, r"steps in an epoch \(worker 0: 3, worker 1: 2\)", fit)
+    variables = [keras.Variable([1.0], name=name) for name in ("a", "b")]
+    gradients = [tf.constant([1.0]), None if hvd.rank() else tf.constant([1.0])]
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    for plain in (NLCG(0.1), keras.optimizers.SGD(), scaled):
+        optimizer = hvd.DistributedOptimizer(plain)
+        optimizer.build(variables)
+        getattr(optimizer, "observe_loss", lambda loss: None)(1.0)
+        apply = lambda: optimizer.apply(gradients, variables)  # noqa: E731, B023
+        for step in (apply, tf.function(apply)):
+            expect(ValueError, "'b' has a gradient on worker 0 and none on worker 1", step)

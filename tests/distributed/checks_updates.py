@@ -1,0 +1,220 @@
+"""What two Horovod workers must agree on in updates; run by run_checks.py.
+
+Each worker trains the reference by itself, on the whole batch with the plain optimizer, and then
+its own part of the batch with the distributed one. One process runs all checks: starting workers
+costs more than any of them.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import nlcg_tf.horovod as hvd
+from nlcg_tf import NLCG
+from tests.distributed.training import BATCH, RULES, UPDATES, expect, make, part_of, trained
+from tests.support.problems import (
+    digits_data,
+    digits_model,
+    flat,
+    paper_nlcg,
+    regression_data,
+    regression_model,
+    relative_difference,
+)
+from trainers.engine.plan import make_plan
+from trainers.engine.trainer import Trainer
+
+
+def check_virtual_batch_equals_real_batch():
+    """One process or two, whole batches or micro-batches: the same updates."""
+    for dtype, bound in (("float32", 2e-5), ("float64", 1e-11)):
+        keras.config.set_floatx(dtype)
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+        data = digits_data(BATCH, dtype)
+        for name, ema in [*((n, False) for n in (*RULES, "momentum", "rmsprop")), (RULES[0], True)]:
+            # Keras' own optimizers average the weights on each micro-step, if not distributed.
+            arguments = {"global_clipnorm": 0.5, "weight_decay": 0.01, "use_ema": ema}
+
+            def run(
+                processes, steps, loss=loss, name=name, arguments=arguments, dtype=dtype, data=data
+            ):
+                accumulation = steps if steps > 1 else None
+                optimizer = make(name, gradient_accumulation_steps=accumulation, **arguments)
+                if processes == 2:
+                    optimizer = hvd.DistributedOptimizer(optimizer)
+                model = trained(optimizer, digits_model(dtype), loss, *data, steps)
+                state = list(model.trainable_variables)
+                if name in RULES:
+                    state += [v for slot in optimizer.slots.values() for v in slot]
+                    state.append(optimizer.reals)
+                return model, optimizer, [flat([v]) for v in state]
+
+            _, _, expected = run(1, 1)
+            for processes, steps in ((1, 4), (2, 1), (2, 2)):
+                model, optimizer, actual = run(processes, steps)
+                weights = len(model.trainable_variables)
+                difference = relative_difference(flat(actual[:weights]), flat(expected[:weights]))
+                assert difference < bound, (dtype, name, processes, steps, difference)
+                if name in RULES:  # slots and line search
+                    rest = relative_difference(flat(actual[weights:]), flat(expected[weights:]))
+                    assert rest < bound, (dtype, name, processes, steps, rest)
+                if processes == 2:
+                    hvd.check_identical([*model.variables, *optimizer.variables])
+    keras.config.set_floatx("float32")
+
+
+def check_custom_loop_eager_and_graph():
+    x, y = regression_data(BATCH)
+    plain = make("fletcher_reeves")
+    expected = flat(trained(plain, regression_model(units=64), "mse", x, y).get_weights())
+    for graph in (False, True):
+        model = regression_model(units=64)
+        optimizer = hvd.DistributedOptimizer(make("fletcher_reeves"))
+        optimizer.build(model.trainable_variables)
+
+        def step(x, y, model=model, optimizer=optimizer):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
+            optimizer.observe_loss(loss)
+            optimizer.apply(tape.gradient(loss, model.trainable_variables))
+
+        step = tf.function(step) if graph else step
+        for _ in range(UPDATES):
+            step(part_of(x), part_of(y))
+        difference = relative_difference(flat(model.get_weights()), expected)
+        assert difference < 2e-5, (graph, difference)
+
+
+def check_compression():
+    x, y = regression_data(BATCH)
+    run = lambda optimizer, steps=1: trained(  # noqa: E731
+        optimizer, regression_model(units=64), "mse", x, y, steps
+    )
+    exact = flat(run(make("fletcher_reeves")).get_weights())
+    for compression, bound in (("fp16", 0.002), ("bf16", 0.02)):
+        for steps in (None, 2):
+            optimizer = make("fletcher_reeves", gradient_accumulation_steps=steps)
+            optimizer = hvd.DistributedOptimizer(optimizer, compression)
+            model = run(optimizer, steps or 1)
+            difference = relative_difference(flat(model.get_weights()), exact)
+            assert 0 < difference < bound, (compression, steps, difference)
+            hvd.check_identical([*model.variables, *optimizer.variables])
+
+
+def check_bf16_average_is_that_of_the_rounded_values():
+    """Odd sizes, which do not divide among the workers, and a range that float16 has not."""
+    variables = [keras.Variable(np.zeros(n, "float32")) for n in (1, 5, 7)]
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), "bf16")
+    draw = lambda rank: np.random.default_rng(rank).normal(size=13) * 1e30  # noqa: E731
+    gradients = np.split(draw(hvd.rank()).astype("float32"), [1, 6])
+    optimizer.apply([tf.constant(g) for g in gradients], variables)
+    rounded = [tf.cast(tf.cast(draw(r), tf.bfloat16), tf.float32).numpy() for r in range(2)]
+    mean = tf.cast((rounded[0] + rounded[1]) / 2, tf.bfloat16).numpy().astype("float32")
+    np.testing.assert_array_equal(flat(variables), -mean.astype("float64"))
+
+
+def check_traffic():
+    """One round for an update, of the gradients' bytes and at most 64 more; none in micro-steps."""
+    layers = [keras.layers.Flatten(), *digits_model().layers]
+    model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+    trainer = Trainer(model, NLCG(0.1), hvd)
+    trainer.divide(make_plan(1000, 64, 8, 2, 1))
+    image = tf.TensorSpec((8, 8, 8, 1), tf.float32), tf.TensorSpec((8,), tf.int32)
+
+    def sent(function, *arguments):
+        graph = function.get_concrete_function(*arguments).graph
+        operations = [op for op in graph.get_operations() if op.type.startswith("Horovod")]
+        return [sum(x.shape.num_elements() * x.dtype.size for x in op.inputs) for op in operations]
+
+    gradients = sum(4 * v.shape.num_elements() for v in model.trainable_variables)
+    assert sent(trainer.micro_step, *image) == []
+    (round_,) = sent(trainer.apply, tf.TensorSpec(()))
+    assert gradients < round_ <= gradients + 64, (round_, gradients)
+
+
+def check_a_drifted_worker_is_named():
+    variables = [keras.Variable([1.0, 2.0], name=f"v{i}") for i in range(3)]
+    hvd.check_identical(variables)
+    if hvd.rank() == 1:
+        variables[1].assign([1.0, 2.0000002])
+    expect(RuntimeError, r"variable 'v1' on worker\(s\) \[1\]", hvd.check_identical, variables)
+
+
+def check_sums_and_moving_statistics():
+    assert hvd.sum_over_workers([1, hvd.rank(), 2**53 - 2]) == [2, 1, 2.0 * (2**53 - 2)]
+    model = keras.Sequential([keras.Input((2,)), keras.layers.BatchNormalization()])
+    mean = model.layers[0].moving_mean
+    frozen = keras.Sequential(
+        [keras.Input((2,)), model, keras.layers.Dense(1), keras.layers.BatchNormalization()]
+    )
+    for layer in frozen.layers[1:]:
+        layer.trainable = False
+    mean.assign([float(hvd.rank()), 0.1])
+    others = [v for layer in frozen.layers[1:] for v in layer.variables]
+    for variable in others:
+        variable.assign(keras.ops.full(variable.shape, hvd.rank() + 1.0))
+    hvd.average_moving_statistics(frozen)
+    np.testing.assert_array_equal(mean.numpy(), np.float32([0.5, 0.1]))
+    assert all((v.numpy() == hvd.rank() + 1.0).all() for v in others)
+
+
+def check_the_watch_ends_at_once():
+    """Not after its next beat, which is in 100 minutes."""
+    with hvd.Watch(seconds=36_000):
+        pass
+
+
+def check_loss_scaling_skips_on_all_workers_or_none():
+    """A gradient that overflows on one worker only must not be applied on the other."""
+    variable, inner = keras.Variable([1.0, 2.0]), NLCG(0.1)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    optimizer = hvd.DistributedOptimizer(optimizer)
+    optimizer.build([variable])
+    for worker in (None, 1, None):
+        gradient = [np.inf, 8.0] if worker == hvd.rank() else [8.0, 8.0]
+        optimizer.scale_loss(tf.constant(1.0))
+        optimizer.apply([tf.constant(gradient)], [variable])
+    assert inner.diagnostics()["updates"] == 2
+    hvd.check_identical([variable, *optimizer.variables])
+
+
+def check_a_nan_on_one_worker_is_skipped_on_all():
+    variable, optimizer = keras.Variable([1.0, 2.0]), hvd.DistributedOptimizer(NLCG(0.1))
+    optimizer.build([variable])
+    for bad in (None, "gradient", "loss"):
+        mine = hvd.rank() == 1
+        optimizer.observe_loss(np.nan if bad == "loss" and mine else 1.0)
+        gradient = [np.nan if bad == "gradient" and mine else 1.0, 1.0]
+        optimizer.apply([tf.constant(gradient)], [variable])
+    assert optimizer.diagnostics()["skipped_updates"] == 2
+    hvd.check_identical([variable, *optimizer.variables])
+
+
+def check_what_is_refused():
+    x, y = regression_data(BATCH)
+    distributed = hvd.DistributedOptimizer(NLCG(0.1))
+    expect(ValueError, "distributed already", hvd.DistributedOptimizer, distributed)
+    expect(ValueError, "Keras 3 optimizer.*'adam'", hvd.DistributedOptimizer, "adam")
+    expect(ValueError, "compression='zip'", hvd.DistributedOptimizer, NLCG(0.1), "zip")
+    import horovod.tensorflow.keras
+
+    wrapped = horovod.tensorflow.keras.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    expect(ValueError, "Horovod's own DistributedOptimizer", hvd.DistributedOptimizer, wrapped)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        variable, sgd = keras.Variable([1.0]), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        expect(RuntimeError, "tf.distribute", sgd.apply, [tf.constant([1.0])], [variable])
+    scaled = keras.optimizers.LossScaleOptimizer
+    expect(ValueError, r"DistributedOptimizer\(keras.optimizers.LossScale", scaled, distributed)
+    accumulating = scaled(NLCG(0.1, gradient_accumulation_steps=2))
+    expect(ValueError, "gradient_accumulation_steps", hvd.DistributedOptimizer, accumulating)
+    model = regression_model()
+    model.compile(optimizer=distributed, loss="mse", jit_compile=True)
+    expect(RuntimeError, "jit_compile=False", lambda: model.fit(x, y, verbose=0))
+
+
+def check_bfloat16_variables():
+    variable = keras.Variable([1.0, 2.0], dtype="bfloat16")
+    optimizer = hvd.DistributedOptimizer(paper_nlcg(0.1, line_search=None))
+    optimizer.apply([tf.cast([float(hvd.rank()), 1.0], tf.bfloat16)], [variable])
+    hvd.check_identical([variable, *optimizer.variables])
+    assert optimizer.diagnostics()["updates"] == 1

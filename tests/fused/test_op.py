@@ -1,0 +1,215 @@
+"""The raw op: bad input, TensorFlow's rules for variables, which path runs, what is recorded."""
+
+import logging
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import nlcg_tf
+from nlcg_tf import NLCG, fused
+from nlcg_tf.fused import nlcg_update
+from tests.fused.raw_op import LARS_SPOILERS, SPOILERS, Call, fuzz
+from tests.support.problems import paper_nlcg, regression_data, regression_model
+
+REFUSED = (tf.errors.OpError, TypeError, ValueError)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("case", [*SPOILERS, *LARS_SPOILERS])
+def test_bad_input_is_refused_and_changes_nothing(fused_library, case, graph):
+    call = Call(lars=0.01 if case in LARS_SPOILERS else 0.0)
+    call.run(fused_library, graph)  # the call is good until it is spoilt
+    before = call.bits()
+    {**SPOILERS, **LARS_SPOILERS}[case](call)
+    watched = before + call.bits()[len(before) :]
+    with pytest.raises(REFUSED):
+        call.run(fused_library, graph)
+    assert call.bits() == watched
+
+
+def test_fuzz(fused_library):
+    done, refused = fuzz(fused_library, 20_000, seed=0)
+    assert done > 3000 and refused > 3000
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_value_that_was_read_before_does_not_change(fused_library, graph):
+    """The buffer of a variable is shared with its readers: the op must copy it first."""
+    call = Call()
+    read = [v.read_value() for v in call.variables]
+    before = [x.numpy().tobytes() for x in read]
+    call.run(fused_library, graph)
+    assert [x.numpy().tobytes() for x in read] == before
+    assert call.bits() != before
+
+
+def test_a_gradient_that_is_taken_over_is_not_changed_later(fused_library):
+    """The op keeps the buffer of a gradient that nobody else holds as the previous gradient."""
+    variable = keras.Variable(np.ones(1000, "float32"))
+    optimizer = paper_nlcg(0.1, line_search=None, fused=True)
+    optimizer.build([variable])
+
+    update = tf.function(lambda x: optimizer.apply([x * 2.0], [variable]))
+
+    def step(x):
+        update(x)
+        return optimizer.slots["previous_gradient"][0].value.read_value()
+
+    first = step(tf.fill((1000,), 1.0))
+    second = step(tf.fill((1000,), 3.0))
+    np.testing.assert_array_equal(first.numpy(), np.full(1000, 2.0))
+    np.testing.assert_array_equal(second.numpy(), np.full(1000, 6.0))
+    outside = tf.fill((1000,), 5.0)
+    tf.function(lambda g: optimizer.apply([g], [variable]))(outside)
+    step(outside)
+    np.testing.assert_array_equal(outside.numpy(), np.full(1000, 5.0))
+
+
+def test_updates_in_two_threads_do_not_deadlock(fused_library):
+    """Two optimizers over the same variables in opposite order, each update whole."""
+    import threading
+
+    def make_step(optimizer, order):
+        return tf.function(lambda: optimizer.apply([v * 0.1 for v in order], order))
+
+    variables = [keras.Variable(np.ones(50_000, "float32")) for _ in range(4)]
+    optimizers = [paper_nlcg(1e-4, line_search=None, fused=True) for _ in range(2)]
+    orders = [variables, variables[::-1]]
+    steps = []
+    for optimizer, order in zip(optimizers, orders):
+        optimizer.build(order)
+        steps.append(make_step(optimizer, order))
+        steps[-1]()
+    threads = [
+        threading.Thread(target=lambda s=step: [s() for _ in range(50)], daemon=True)
+        for step in steps
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert all(np.isfinite(v.numpy()).all() for v in variables)
+
+
+def path_of(caplog, train):
+    """Runs `train` and tells which path the debug log names."""
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, logger="nlcg_tf"):
+        train()
+    messages = {record.message for record in caplog.records if record.name == "nlcg_tf"}
+    assert len(messages) == 1, messages
+    return messages.pop()
+
+
+def test_each_situation_takes_its_path(fused_library, caplog):
+    x, y = regression_data()
+
+    def fit(dtype=None, strategy=None, line_search="online", **arguments):
+        def train():
+            with (strategy or tf.distribute.get_strategy()).scope():
+                model = regression_model(dtype=dtype)
+                optimizer = NLCG(0.01, line_search=line_search)
+                model.compile(optimizer=optimizer, loss="mse", **arguments)
+            model.fit(x, y, verbose=0)
+
+        return path_of(caplog, train)
+
+    class Mine(nlcg_tf.line_search.OnlineLineSearch):
+        pass
+
+    assert fit(jit_compile=False) == "NLCG update: fused op"
+    assert fit(run_eagerly=True) == "NLCG update: fused op"
+    assert "XLA" in fit(jit_compile=True)
+    assert "bfloat16" in fit(dtype="bfloat16")
+    assert "line search" in fit(line_search=Mine())
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    assert "strategy" in fit(strategy=strategy)
+
+
+def test_fused_true_raises_where_it_cannot_be_met(fused_library):
+    x, y = regression_data()
+    model = regression_model()
+    model.compile(optimizer=NLCG(0.1, fused=True), loss="mse", jit_compile=True)
+    with pytest.raises(RuntimeError, match=r"fused=True.*jit_compile=False"):
+        model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize("problem", ["missing", "another TensorFlow", "other sources", "damaged"])
+def test_an_unusable_library_falls_back_with_one_warning(problem, tmp_path, fused_library):
+    """In a process of its own, whose library is replaced: Python loads one only once."""
+    library = tmp_path / "libnlcg_update.so"
+    original = nlcg_update.LIBRARY.read_bytes()
+    if problem == "another TensorFlow":
+        version = tf.__version__.encode()
+        assert original.count(b'"tensorflow": "' + version) == 1
+        library.write_bytes(original.replace(b'"' + version + b'"', b'"1.23.4"'))
+    elif problem == "other sources":
+        digest = nlcg_update._recorded()["sources"].encode()
+        library.write_bytes(original.replace(digest, digest[::-1]))
+    elif problem == "damaged":
+        record = original[original.find(b"nlcg_build_info") :]
+        library.write_bytes(b"no library, but with the record of one\0" + record)
+    code = f"""
+import pathlib, warnings
+import keras, tensorflow as tf
+import nlcg_tf
+from nlcg_tf.fused import nlcg_update
+nlcg_update.LIBRARY = pathlib.Path({str(library)!r})
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    variable = keras.Variable([1.0])
+    optimizer = nlcg_tf.NLCG(0.1, "fletcher_reeves")
+    for _ in range(3):
+        optimizer.apply([tf.constant([1.0])], [variable])
+texts = [str(w.message) for w in seen if "NLCG" in str(w.message)]
+assert len(texts) == 1, texts
+print(texts[0], variable.numpy()[0] < 1)
+info = nlcg_tf.fused.build_info()
+assert not info["available"] and info["reason"] in texts[0]
+try:
+    nlcg_tf.NLCG(0.1, "fletcher_reeves", fused=True).apply([tf.constant([1.0])], [variable])
+except RuntimeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    warning, error = result.stdout.splitlines()[0], result.stdout.splitlines()[-1]
+    assert warning.endswith("True")
+    for line in (result.stdout, error):
+        assert "python -m nlcg_tf.fused.build" in line
+    if problem == "other sources":
+        assert "built from other sources" in error
+    if problem == "another TensorFlow":
+        assert f"built for TensorFlow 1.23.4, found {tf.__version__}" in error
+
+
+def test_build_info_tells_what_was_built(fused_library):
+    info = fused.build_info()
+    assert fused.is_available() and info["available"] and info["reason"] is None
+    assert info["tensorflow"] == tf.__version__
+    assert "-O3" in info["flags"] and isinstance(info["cuda"], bool)
+    assert pathlib.Path(info["library"]).is_file()
+
+
+def test_a_compiler_that_fails_is_reported(tmp_path):
+    from nlcg_tf.fused.build import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        with pytest.raises(RuntimeError, match=r"no-such-compiler.*install g\+\+"):
+            build(tmp_path)
+        patch.setenv("CXX", shutil.which("false"))
+        patch.setenv("NLCG_CUDA", "0")
+        with pytest.raises(RuntimeError, match="false"):
+            build(tmp_path)
+        patch.setenv("NLCG_CUDA", "yes")
+        with pytest.raises(RuntimeError, match="NLCG_CUDA='yes'"):
+            build(tmp_path)
+    assert not list(tmp_path.iterdir())

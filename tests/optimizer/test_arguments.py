@@ -1,0 +1,139 @@
+"""Bad arguments get an error that names the argument and the value."""
+
+import keras
+import pytest
+
+import nlcg_tf
+from nlcg_tf import NLCG, schedules
+from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
+from nlcg_tf.preconditioner import RMS, NormalizedBFGS
+from tests.support.problems import regression_data, regression_model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"update_rule": "newton"},
+        {"update_rule": None},
+        {"preconditioner": "lbfgs"},
+        {"line_search": "armijo"},
+        {"line_search": OnlineLineSearch},
+        {"line_search": 3},
+        {"epsilon": 0},
+        {"epsilon": float("nan")},
+        {"epsilon": "1e-8"},
+        {"lars_coefficient": -0.1},
+        {"lars_coefficient": True},
+        {"fused": "yes"},
+        {"fused": 1},
+        {"line_search": {}},
+        {"preconditioner": 3},
+        {"preconditioner": NormalizedBFGS},
+        {"preconditioner": OnlineLineSearch()},
+        {"preconditioner": {}},
+        {"nesterov": 1},
+        {"momentum": 1.0},
+        {"momentum": None},
+    ],
+    ids=str,
+)
+def test_nlcg_names_the_bad_argument(arguments):
+    (name, value), *_ = arguments.items()
+    with pytest.raises(ValueError, match=name) as error:
+        NLCG(**arguments)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: OnlineLineSearch(decrease_threshold=0.01, increase_threshold=0.02), "increase_t"),
+        (lambda: OnlineLineSearch(decrease_factor=1.5), "decrease_factor"),
+        (lambda: OnlineLineSearch(increase_factor=0.5), "increase_factor"),
+        (lambda: OnlineLineSearch(minimum_scale=0), "minimum_scale"),
+        (lambda: OnlineLineSearch(increase_factor=float("inf")), "increase_factor"),
+        (lambda: OnlineLineSearch(decrease_threshold="x"), "decrease_threshold"),
+        (lambda: StepLineSearch(period=0), "period"),
+        (lambda: StepLineSearch(period=True), "period"),
+        (lambda: NLCG().observe_loss(keras.ops.ones(3)), "loss"),
+        (lambda: StepLineSearch(smoothing=1.0), "smoothing"),
+        (lambda: StepLineSearch(limits=(1.0, 1.1), factors=(1.0, 1.0)), "limits"),
+        (lambda: StepLineSearch(limits=(1.1,)), "factors"),
+        (lambda: NormalizedBFGS(0), "decay"),
+        (lambda: NormalizedBFGS(1.1), "decay"),
+        (lambda: NormalizedBFGS("0.9"), "decay"),
+        (lambda: RMS(1.0), "decay"),
+        (lambda: RMS(float("nan")), "decay"),
+        (lambda: schedules.CifarSchedule(0, 200, 10), "batch_size"),
+        (lambda: schedules.CifarSchedule(128, -1, 10), "epochs"),
+        (lambda: schedules.ImageNetSchedule(128, 90, "10"), "steps_per_epoch"),
+        (lambda: nlcg_tf.callbacks.OptimizerDiagnostics("always"), "update_freq"),
+    ],
+)
+def test_the_message_names_the_bad_argument(make, name):
+    with pytest.raises(ValueError, match=f"`{name}.*Received"):
+        make()
+
+
+def test_a_line_search_with_own_thresholds_is_used():
+    """A rise of 30 % is tolerated by one, punished by the other."""
+    scales = []
+    for line_search in ("online", OnlineLineSearch(decrease_threshold=0.5, increase_factor=1.0)):
+        variable, optimizer = keras.Variable([1.0]), NLCG(0.1, line_search=line_search)
+        for loss in (1.0, 1.3):
+            optimizer.observe_loss(loss)
+            optimizer.apply([keras.ops.ones(1)], [variable])
+        scales.append(optimizer.diagnostics()["learning_rate_scale"])
+    assert scales == [pytest.approx(0.975), 1.0]
+
+
+def test_diagnostics_before_and_after_the_first_update():
+    names = {
+        "beta",
+        "step_size",
+        "learning_rate_scale",
+        "curvature",
+        "cosine",
+        "kappa",
+        "preconditioner_mean",
+        "updates",
+        "skipped_updates",
+        "rejected_curvatures",
+    }
+    optimizer = NLCG(0.1, "fletcher_reeves")
+    assert set(optimizer.diagnostics()) == names
+    optimizer.apply([keras.ops.ones(1)], [keras.Variable([1.0])])
+    diagnostics = optimizer.diagnostics()
+    assert set(diagnostics) == names
+    assert all(type(value) is float for value in diagnostics.values())
+    assert diagnostics["step_size"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_diagnostics_reach_the_logs(policy, tmp_path):
+    keras.config.set_dtype_policy(policy)
+    x, y = regression_data()
+    model = regression_model()
+    model.compile(optimizer=NLCG(0.1), loss="mse")
+    log = tmp_path / "log.csv"
+    seen = []
+    callbacks = [
+        nlcg_tf.callbacks.OptimizerDiagnostics("batch"),
+        keras.callbacks.CSVLogger(log),
+        keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs)),
+    ]
+    history = model.fit(x, y, epochs=2, batch_size=16, verbose=0, callbacks=callbacks).history
+    names = {"beta", "step_size", "learning_rate_scale", "cosine", "skipped_updates"}
+    assert names <= set(history)
+    assert names <= set(log.read_text().splitlines()[0].split(","))
+    assert len(seen) == 8 and names <= set(seen[0])
+    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    assert history["cosine"][-1] == inner.diagnostics()["cosine"]
+
+
+def test_diagnostics_refuse_another_optimizer():
+    x, y = regression_data()
+    model = regression_model()
+    model.compile(optimizer="sgd", loss="mse")
+    with pytest.raises(ValueError, match=r"diagnostics.*Received"):
+        model.fit(x, y, verbose=0, callbacks=[nlcg_tf.callbacks.OptimizerDiagnostics()])

@@ -1,0 +1,96 @@
+"""What the forms of the update promise besides agreeing with the oracle."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from nlcg_tf import NLCG
+from tests.support.problems import paper_nlcg
+
+
+class SignDescent:
+    """A preconditioner of a user's own: z = -sign(g), with a count of its calls as its slot."""
+
+    uses_steps = False
+
+    def initial_state(self):
+        return {"calls": 0.0}
+
+    def update(self, state, g, y, s, kappa):
+        return {"calls": [calls + 1 for calls in state["calls"]]}, True
+
+    def apply(self, state, g, epsilon):
+        return [keras.ops.sign(g_i) for g_i in g], keras.ops.ones(())
+
+
+def test_a_preconditioner_of_ones_own_is_used():
+    """On the composed path, and without a slot for the gradient that nobody looks at."""
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = paper_nlcg(0.1, preconditioner=SignDescent(), line_search=None)
+    for gradient in ([3.0, -5.0], [0.0, -1.0]):
+        optimizer.apply([tf.constant(gradient)], [variable])
+    # beta = 1 / 8 in the second update.
+    np.testing.assert_allclose(variable.numpy(), [0.9 - 0.1 / 8, 2.2 + 0.1 / 8], rtol=1e-6)
+    assert set(optimizer.slots) == {"calls", "direction"}
+    np.testing.assert_array_equal(optimizer.slots["calls"][0].numpy(), [2.0, 2.0])
+
+
+def test_a_slot_with_a_name_of_the_optimizer_is_refused():
+    preconditioner = SignDescent()
+    preconditioner.initial_state = lambda: {"direction": 0.0}
+    with pytest.raises(ValueError, match=r"`preconditioner`.*direction.*Received"):
+        paper_nlcg(preconditioner=preconditioner).build([keras.Variable([1.0])])
+
+
+@pytest.mark.parametrize(
+    "rule, preconditioner, slots",
+    [
+        ("fletcher_reeves", None, 1),
+        ("fletcher_reeves", "rms", 2),
+        ("polak_ribiere", None, 2),
+        ("blended", "rms", 3),
+        ("fletcher_reeves", "normalized_bfgs", 3),
+    ],
+)
+def test_there_are_no_more_slots_than_needed(rule, preconditioner, slots):
+    optimizer = paper_nlcg(0.1, rule, preconditioner)
+    optimizer.build([keras.Variable(np.zeros(1000, "float32"))])
+    assert sum(np.prod(v.shape) == 1000 for v in optimizer.variables) == slots
+
+
+@pytest.mark.parametrize("shared, least, most", [(True, 0.99, 1.0), (False, 0.0, 0.1)])
+def test_kappa_tells_noise_from_bad_conditioning(shared, least, most, rng):
+    """A badly conditioned least-squares problem: the same rows in each update, or others."""
+    scales = np.logspace(0, -2, 20)
+    rows = rng.normal(size=(4000, 20)) * scales
+    targets = rows @ rng.normal(size=20) + rng.normal(size=4000)
+    variable = keras.Variable(np.zeros(20, "float32"))
+    optimizer = NLCG(0.1)
+    kappas = []
+    for t in range(60):
+        chosen = slice(0, 50) if shared else slice(50 * t, 50 * (t + 1))
+        x = tf.constant(rows[chosen], tf.float32)
+        with tf.GradientTape() as tape:
+            error = tf.linalg.matvec(x, variable.value) - targets[chosen].astype("float32")
+            loss = tf.reduce_mean(error**2)
+        optimizer.observe_loss(loss)
+        optimizer.apply([tape.gradient(loss, variable.value)], [variable])
+        kappas.append(optimizer.diagnostics()["kappa"])
+    assert least <= np.median(kappas[20:]) <= most
+
+
+def test_steps_keep_their_length_as_noisy_gradients_shrink():
+    """kappa 0: a gradient a tenth as long, and then for long, makes steps that are no shorter."""
+    variable = keras.Variable(np.zeros(4, "float32"))
+    optimizer = NLCG(0.1, preconditioner=None, momentum=0.0)
+    lengths = []
+    for t in range(1000):
+        before = variable.numpy()
+        optimizer.observe_loss(1.0 + t % 2)
+        gradient = np.full(4, 1.0 if t == 0 else 0.1, "float32")
+        optimizer.apply([tf.constant(gradient)], [variable])
+        lengths.append(np.linalg.norm(variable.numpy() - before))
+    assert lengths[0] == pytest.approx(0.2, rel=1e-5)
+    assert lengths[1] == pytest.approx(0.02, rel=0.01)
+    assert lengths[-1] == pytest.approx(0.2, rel=0.01)

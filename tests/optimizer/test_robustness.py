@@ -1,0 +1,150 @@
+"""Values that are not finite, huge or tiny, and numbers of threads."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from nlcg_tf import NLCG
+from tests.support.problems import (
+    DEFAULT,
+    PRECONDITIONERS,
+    RULES,
+    flat,
+    make_oracle,
+    relative_difference,
+)
+
+NOT_FINITE = (np.nan, np.inf, -np.inf)
+
+SETTINGS = [
+    ("fletcher_reeves", "bfgs", "online", False),
+    DEFAULT,
+    ("blended", "rms", None, True),
+    ("fletcher_reeves", "rms", "online", True),
+    ("polak_ribiere", None, "step", True),
+]
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize(
+    "settings, graph", [(SETTINGS[0], False), *((settings, True) for settings in SETTINGS)]
+)
+def test_a_non_finite_update_leaves_every_bit_alone(where, bad, settings, graph, rng, fused):
+    shapes = [(3, 2), (4,)]
+    variables = [keras.Variable(rng.normal(size=s).astype("float32")) for s in shapes]
+    other = {"lars_coefficient": 0.1, "weight_decay": 0.1, "use_ema": True, "fused": fused}
+    optimizer = NLCG(0.1, *settings, **other)
+
+    def step(gradients, loss):
+        optimizer.observe_loss(loss)
+        optimizer.apply(gradients, variables)
+
+    if graph:
+        optimizer.build(variables)
+        step = tf.function(step)
+
+    def gradients():
+        return [tf.constant(rng.normal(size=s), tf.float32) for s in shapes]
+
+    for loss in (1.0, 0.9):
+        step(gradients(), tf.constant(loss))
+    watched = [*variables, *optimizer.variables]
+    watched = [v for v in watched if v.path.split("/")[-1] not in COUNTERS]
+    before = [v.numpy().tobytes() for v in watched]
+    poisoned, loss = gradients(), 0.8
+    if where == "gradient":
+        poisoned[1] = tf.constant([0.0, 0.0, bad, 0.0])
+    else:
+        loss = bad
+    step(poisoned, tf.constant(loss, tf.float32))
+    for variable, bits in zip(watched, before):
+        assert variable.numpy().tobytes() == bits, variable.path
+    assert optimizer.diagnostics()["skipped_updates"] == 1
+    assert optimizer.diagnostics()["updates"] == 2
+    step(gradients(), tf.constant(0.7))
+    assert optimizer.diagnostics()["updates"] == 3
+
+
+# What a skipped update may change: the counters of attempts, and the loss that was observed.
+COUNTERS = ("iteration", "counts", "observed_loss")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_huge_and_tiny_gradients_do_not_poison_the_state(rule, preconditioner, nesterov, fused):
+    """Squares of 1e25 overflow float32, those of 1e-30 vanish; neither may leave a NaN."""
+    for magnitude in (1e25, 1e-30, 1e-42):
+        variable = keras.Variable([1.0, 2.0, 3.0])
+        optimizer = NLCG(1e-3, rule, preconditioner, None, nesterov, fused=fused)
+        for sign in (1.0, -1.0, 1.0):
+            optimizer.observe_loss(1.0)
+            optimizer.apply([tf.constant([magnitude, 0.0, sign * magnitude])], [variable])
+        kept = [variable, *(v for slot in optimizer.slots.values() for v in slot)]
+        assert np.isfinite(flat(v.numpy() for v in kept)).all(), magnitude
+        # What is not made anew by the next update.
+        reals = dict(zip(optimizer.real_names, optimizer.reals.numpy()))
+        means = ("left_over", "foretold", "mean_square", "first_square", "mean_length")
+        assert np.isfinite([reals[name] for name in means]).all(), (magnitude, reals)
+        assert optimizer.diagnostics()["skipped_updates"] == 0
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS[1:])  # plain BFGS's h is huge there
+def test_one_huge_gradient_does_not_undo_the_training(preconditioner, fused):
+    """The blended rule's steps are at most twice as long as the mean of those before.
+
+    It points ahead, so that its curvature is negative and BFGS cannot answer it.
+    """
+    keras.config.set_floatx("float64")
+    rng = np.random.default_rng(0)
+    variable = keras.Variable(np.zeros(50), dtype="float64")
+    optimizer = NLCG(0.01, "blended", preconditioner, None, nesterov=True, fused=fused)
+    oracle = make_oracle(optimizer, [variable.numpy()])
+    step, lengths = None, []
+    for t in range(40):
+        before = variable.numpy()
+        gradient = rng.normal(size=50)
+        if t == 30:
+            gradient = -7000 * step / np.linalg.norm(step)
+        optimizer.observe_loss(1.0 + t % 2)
+        optimizer.apply([tf.constant(gradient)], [variable])
+        oracle.update(gradient, 1.0 + t % 2, 0.01)
+        step = variable.numpy() - before
+        lengths.append(np.linalg.norm(step))
+    assert relative_difference(variable.numpy(), oracle.w) < 1e-12
+    assert oracle.capped > 0
+    assert max(lengths[30:]) < 3 * max(lengths[10:30])
+
+
+def test_same_bits_for_any_number_of_threads(fused):
+    """The fixed-order sums promise it; each thread count needs a process of its own."""
+    import subprocess
+    import sys
+
+    script = """
+import sys
+import numpy as np, keras, tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+from nlcg_tf import NLCG
+rng = np.random.default_rng(0)
+variables = [keras.Variable(rng.normal(size=n).astype("float32")) for n in (1000003, 4097, 63)]
+optimizer = NLCG(0.01, "polak_ribiere", "bfgs", None, False, fused=sys.argv[2] == "True")
+for _ in range(5):
+    gradients = [tf.constant(rng.normal(size=v.shape), tf.float32) for v in variables]
+    optimizer.apply(gradients, variables)
+import hashlib
+bits = b"".join(v.numpy().tobytes() for v in [*variables, *optimizer.variables])
+print(hashlib.sha256(bits).hexdigest())
+"""
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script, str(threads), str(fused)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in (1, 2, 8)
+    }
+    assert len(digests) == 1

@@ -1,0 +1,204 @@
+"""Restored training goes on bit for bit; a state that does not fit is an error."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import nlcg_tf
+from nlcg_tf import NLCG
+from nlcg_tf.line_search import OnlineLineSearch
+from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS
+from tests.support.problems import paper_nlcg, regression_data, regression_model
+
+BATCH = 16
+
+SETTINGS = [
+    {},
+    {"update_rule": "polak_ribiere", "line_search": "step"},
+    {"line_search": None, "preconditioner": None},
+    {"lars_coefficient": 0.1, "line_search": OnlineLineSearch(0.05, 0.01)},
+    {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2},
+    {"learning_rate": nlcg_tf.schedules.CifarSchedule(128, 2, 8)},
+    {"preconditioner": NormalizedBFGS(0.9), "nesterov": True, "update_rule": "blended"},
+    {"preconditioner": "rms", "momentum": 0.8, "update_rule": "blended"},
+]
+IDS = [",".join(settings) or "default" for settings in SETTINGS]
+
+
+def compiled_model(settings):
+    model = regression_model()
+    model.compile(optimizer=paper_nlcg(**{"learning_rate": 0.1, **settings}), loss="mse")
+    # TensorFlow's graph optimizer may round a function otherwise that had to be traced twice,
+    # because its first call made the slots. A restored optimizer has them before the first call.
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def train(model, first, last):
+    """Updates (or micro-steps) `first` to `last` on consecutive batches."""
+    x, y = regression_data(128)
+    for t in range(first, last):
+        rows = np.arange(t * BATCH, (t + 1) * BATCH) % len(x)
+        model.train_on_batch(x[rows], y[rows])
+
+
+def bits(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return {v.path: np.asarray(v).tobytes() for v in variables}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("way", ["keras", "checkpoint"])
+def test_training_goes_on_bit_for_bit(settings, way, tmp_path):
+    """7 of 12 steps before the save: in the middle of a virtual batch of 3."""
+    straight = compiled_model(settings)
+    train(straight, 0, 12)
+
+    first = compiled_model(settings)
+    train(first, 0, 7)
+    if way == "keras":
+        first.save(tmp_path / "model.keras")
+        second = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        path = tf.train.Checkpoint(model=first, optimizer=first.optimizer).write(
+            str(tmp_path / "state")
+        )
+        second = compiled_model(settings)
+        status = tf.train.Checkpoint(model=second, optimizer=second.optimizer).read(path)
+        status.assert_consumed()
+    train(second, 7, 12)
+    expected, actual = bits(straight), bits(second)
+    assert list(actual.values()) == list(expected.values())
+    assert second.optimizer.diagnostics() == straight.optimizer.diagnostics()
+
+
+def test_get_config_holds_every_argument():
+    arguments = {
+        "learning_rate": 0.2,
+        "update_rule": "blended",
+        "preconditioner": NormalizedBFGS(0.95),
+        "line_search": OnlineLineSearch(decrease_threshold=0.5),
+        "nesterov": True,
+        "momentum": 0.8,
+        "epsilon": 1e-6,
+        "lars_coefficient": 0.01,
+        "fused": False,
+        "name": "mine",
+        "clipnorm": 1.0,
+        "weight_decay": 0.1,
+    }
+    optimizer = NLCG(**arguments)
+    copy = NLCG.from_config(optimizer.get_config())
+    assert copy.get_config() == optimizer.get_config()
+    for name in set(arguments) - {"learning_rate"}:
+        assert getattr(copy, name) == arguments[name], name
+
+
+@pytest.mark.parametrize("preconditioner", [DiagonalBFGS(), NormalizedBFGS(0.9), RMS(0.95), None])
+def test_a_preconditioner_survives_serialisation(preconditioner):
+    config = NLCG(preconditioner=preconditioner).get_config()
+    assert keras.saving.deserialize_keras_object(config["preconditioner"]) == preconditioner
+    assert NLCG.from_config(config).preconditioner == preconditioner
+
+
+def test_from_config_takes_classes_of_the_users_own():
+    class Mine(OnlineLineSearch):
+        pass
+
+    class Half(RMS):
+        pass
+
+    config = NLCG(preconditioner=Half(0.5), line_search=Mine(0.5)).get_config()
+    before = str(config)
+    copy = NLCG.from_config(config, custom_objects={"Mine": Mine, "Half": Half})
+    assert copy.line_search == Mine(0.5) and type(copy.line_search) is Mine
+    assert type(copy.preconditioner) is Half and str(config) == before
+
+
+@pytest.mark.parametrize(
+    "saved, wanted, words",
+    [
+        ({}, {"line_search": None}, "line_search: saved 'OnlineLineSearch', wanted 'NoneType'"),
+        ({}, {"preconditioner": None}, "preconditioner: saved 'DiagonalBFGS', wanted 'NoneType'"),
+        # As many variables of the same shapes: Keras would load one for the other.
+        ({"preconditioner": "rms"}, {"preconditioner": None, "use_ema": True}, "saved 'RMS'"),
+        (
+            {"preconditioner": "normalized_bfgs"},
+            {"preconditioner": "bfgs"},
+            "preconditioner: saved 'NormalizedBFGS', wanted 'DiagonalBFGS'",
+        ),
+    ],
+)
+def test_a_saved_state_of_other_settings_is_an_error(saved, wanted, words, tmp_path):
+    base = {"preconditioner": "bfgs", "update_rule": "fletcher_reeves"}
+    model = compiled_model(base | saved)
+    train(model, 0, 2)
+    model.save_weights(tmp_path / "model.weights.h5")
+
+    stranger = compiled_model(base | wanted)
+    train(stranger, 0, 1)
+    store = {}
+    model.optimizer.save_own_variables(store)
+    before = bits(stranger)
+    with pytest.raises(ValueError, match=f"saved state of optimizer 'nlcg'.*{words}"):
+        stranger.optimizer.load_own_variables(store)
+    with pytest.raises(ValueError, match="saved state"):
+        stranger.load_weights(tmp_path / "model.weights.h5")
+    assert {k: v for k, v in bits(stranger).items() if "nlcg" in k} == {
+        k: v for k, v in before.items() if "nlcg" in k
+    }
+
+
+def test_a_saved_state_without_its_settings_is_an_error():
+    model = compiled_model({})
+    train(model, 0, 2)
+    store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
+    with pytest.raises(ValueError, match="older version"):
+        model.optimizer.load_own_variables(store)
+
+
+@pytest.mark.parametrize("wanted", [{"line_search": None}, {"preconditioner": None}])
+def test_a_checkpoint_of_other_settings_is_not_consumed(wanted, tmp_path):
+    model = compiled_model({})
+    train(model, 0, 2)
+    path = tf.train.Checkpoint(optimizer=model.optimizer).write(str(tmp_path / "state"))
+    stranger = compiled_model(wanted)
+    train(stranger, 0, 1)
+    with pytest.raises((AssertionError, ValueError, tf.errors.InvalidArgumentError)):
+        tf.train.Checkpoint(optimizer=stranger.optimizer).read(path).assert_consumed()
+
+
+def test_weights_can_be_loaded_where_there_is_no_optimizer_state(tmp_path):
+    """An untrained model, weights of a model without optimizer, a model not trained yet."""
+    for rate in (0.1, nlcg_tf.schedules.CifarSchedule(128, 2, 8)):
+        untrained = regression_model()
+        untrained.compile(optimizer=NLCG(rate), loss="mse")
+        untrained.save(tmp_path / "untrained.keras")
+        loaded = keras.models.load_model(tmp_path / "untrained.keras")
+        train(loaded, 0, 2)
+
+    plain = regression_model(seed=5)
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    loaded.load_weights(tmp_path / "plain.weights.h5")
+    for expected, actual in zip(plain.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(expected, actual)
+
+    loaded.save_weights(tmp_path / "trained.weights.h5")
+    fresh = regression_model()
+    fresh.compile(optimizer=NLCG(0.1), loss="mse")
+    fresh.load_weights(tmp_path / "trained.weights.h5")
+    for expected, actual in zip(plain.get_weights(), fresh.get_weights()):
+        np.testing.assert_array_equal(expected, actual)
+
+
+def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
+    model = compiled_model({})
+    train(model, 0, 2)
+    stranger = keras.Sequential([keras.Input((4,)), keras.layers.Dense(9), keras.layers.Dense(1)])
+    stranger.compile(optimizer=paper_nlcg(0.1), loss="mse")
+    train(stranger, 0, 1)
+    store = {}
+    model.optimizer.save_own_variables(store)
+    with pytest.raises(ValueError, match="shape"):
+        stranger.optimizer.load_own_variables(store)

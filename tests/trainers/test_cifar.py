@@ -1,0 +1,115 @@
+"""The CIFAR trainer as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+from tests.support.launch import ROOT, TRAINER, records, run, run_each
+from tests.trainers import kill_test
+from trainers.engine import preemption
+
+
+def test_every_flagfile_passes_a_dry_run():
+    """In one process: each start of TensorFlow would take longer than all of them."""
+    code = """
+import functools, pathlib
+from absl import flags
+from trainers import cifar
+from trainers.engine import run
+from trainers.models import cifar_resnet
+cifar_resnet.cifar_resnet = functools.cache(cifar_resnet.cifar_resnet)  # the same for all
+for path in sorted(pathlib.Path("configs/cifar100").glob("*.cfg")):
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["x", f"--flagfile={path}", "--dry_run"])
+    print(f"== {path.stem}")
+    run.run(cifar.Cifar())
+"""
+    result = run([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr[-4000:]
+    parts = dict(part.split("\n", 1) for part in result.stdout.split("== ")[1:])
+    assert len(parts) == 55
+    largest = parts["nlcg_fr-16384-500"]
+    assert "batch 16,384 = 1 worker(s) x 16 micro-step(s) x 1,024; 1,500 updates" in largest
+    assert "warm-up to 12.8 takes 25 epochs" in largest
+
+
+def test_a_wrong_flag_gets_one_clear_line(tmp_path):
+    cases = {
+        "--global_batch_size=100 is no": ["--global_batch_size=100", "--per_worker_batch_size=64"],
+        "depth=10": ["--depth=10"],
+        "--training_examples=1438 is more than the 1437": ["--training_examples=1438"],
+        "--dataset=digits comes with": ["--dataset=digits", "--data_dir=x"],
+        "cifar100 is not prepared": ["--dataset=cifar100", "--data_dir=/nowhere"],
+        "/dev/null/run": ["--output_dir=/dev/null/run"],
+        "flag --checkpoint_steps=0": ["--checkpoint_steps=0"],
+        "flag --epochs=0": ["--epochs=0"],
+        "--optimizer=lion": ["--optimizer=lion"],
+        "colour": ["--colour=red"],
+        "unknown arguments: digits": ["digits"],
+    }
+    run_folder = f"--output_dir={tmp_path / 'run'}"
+    commands = [["--depth=8", run_folder, *flags] for flags in cases.values()]
+    for message, result in zip(cases, run_each("trainers.cifar", commands, tmp_path)):
+        assert result.returncode in (1, 2), result
+        assert message in result.stdout and "Traceback" not in result.stdout, result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_users_keras_settings_do_not_matter(tmp_path):
+    """Nor do --jit_compile and --deterministic together, as XLA has it for the CIFAR network."""
+    (tmp_path / "keras.json").write_text(
+        '{"backend": "tensorflow", "image_data_format": "channels_first", "floatx": "float64"}'
+    )
+    flags = ["--epochs=1", "--global_batch_size=479", "--jit_compile", "--deterministic"]
+    command = [*TRAINER, *flags, f"--output_dir={tmp_path / 'run'}"]
+    result = run(command, KERAS_HOME=str(tmp_path))
+    assert result.returncode == 0 and "after 3 updates" in result.stdout, result.stderr
+    result = run(command, KERAS_BACKEND="jax")
+    assert result.returncode == 1 and "need KERAS_BACKEND=tensorflow" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_same_command_goes_on(tmp_path):
+    """After SIGTERM, which saves; but not with other flags, and not beyond the end."""
+    folder = tmp_path / "run"
+    flags = ["--global_batch_size=256", "--epochs=20", "--deterministic", "--log_steps=1"]
+    command = [*TRAINER, *flags, f"--output_dir={folder}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 2/20"):
+            break
+    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+    meanwhile = run(command)
+    process.send_signal(signal.SIGCONT)
+    assert meanwhile.returncode == 2 and "another run is using --output_dir" in meanwhile.stderr
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM, state saved" in process.communicate()[0]
+    assert process.returncode == preemption.EXIT_STATUS
+    stopped_at = int(sorted((folder / "checkpoints").glob("update-*"))[-1].name[7:15])
+    assert 10 < stopped_at < 100
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"type": "step", "upd')  # a kill in the middle of a line
+
+    other = run([*command, "--seed=5"])
+    assert other.returncode == 2 and "--seed was 0, is 5" in other.stderr
+    resumed = run(command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stdout
+    assert f"epochs, {stopped_at} done" in resumed.stdout
+    assert [record["epoch"] for record in records(folder, "epoch")] == list(range(1, 21))
+    updates = [record["update"] for record in records(folder, "step")]
+    assert updates == sorted(set(updates))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == 100
+    # The same bits as without the interruption.
+    assert run([*TRAINER, *flags, f"--output_dir={tmp_path / 'undisturbed'}"]).returncode == 0
+    kill_test.compare(tmp_path / "undisturbed", folder)
+    finished = run(command)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((folder / "summary.json").read_text()) == summary  # its times too
+    described = json.loads((folder / "flags.json").read_text())
+    assert described["flags"]["epochs"] == 20 and described["versions"]["tensorflow"]
+    for name in ("curves.png", "checkpoints", "tensorboard"):
+        assert os.path.getsize(folder / name) > 0

@@ -1,0 +1,72 @@
+"""The optimizers to choose from, against their papers."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainers.optimizers.choice import make_optimizer, trained
+from trainers.optimizers.lars import LARS
+from trainers.optimizers.momentum import Momentum
+
+
+def test_rmsprop_and_nesterov_have_the_papers_settings():
+    rmsprop = make_optimizer("rmsprop", 0.1)
+    assert (rmsprop.rho, rmsprop.momentum, rmsprop.epsilon) == (0.9, 0.9, 1.0)
+    nesterov = make_optimizer("nesterov", 0.1)
+    assert (nesterov.momentum, nesterov.nesterov) == (0.9, True)
+    for name in trained():
+        assert isinstance(make_optimizer(name, 0.1), keras.optimizers.Optimizer)
+    with pytest.raises(ValueError, match="name='lion'"):
+        make_optimizer("lion", 0.1)
+
+
+@pytest.mark.parametrize("l2", [0.0, 1e-3])
+def test_lars_follows_its_paper(l2):
+    """Against its Algorithm 1 in float64 NumPy, with a kernel and a gradient that are zero once."""
+    generator = np.random.default_rng(0)
+    shapes = [(3, 3, 4, 8), (8,), (8, 5), (5, 2)]
+    w = [generator.normal(size=shape) for shape in shapes]
+    w[3][:] = 0
+    variables = [keras.Variable(x, dtype="float32") for x in w]
+    optimizer = LARS(0.5, momentum=0.8, trust_coefficient=0.02, l2=l2)
+    v = [np.zeros(shape) for shape in shapes]
+    for step in range(20):
+        g = [generator.normal(size=shape) for shape in shapes]
+        g[2] *= step != 5
+        optimizer.apply([tf.constant(x, tf.float32) for x in g], variables)
+        for i, (x, y) in enumerate(zip(w, g)):
+            rate = 1.0
+            norm, gradient_norm = np.sqrt((x**2).sum()), np.sqrt((y**2).sum())
+            if x.ndim > 1:
+                if norm > 0 and gradient_norm > 0:
+                    rate = 0.02 * norm / (gradient_norm + l2 * norm)
+                y = y + l2 * x
+            v[i] = 0.8 * v[i] + 0.5 * rate * y
+            w[i] = x - v[i]
+    for variable, x in zip(variables, w):
+        np.testing.assert_allclose(variable.numpy(), x, rtol=1e-4, atol=1e-5)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert again.get_config() == optimizer.get_config()
+    with pytest.raises(ValueError, match="momentum=1"):
+        LARS(momentum=1)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_has_the_rate_outside_of_its_velocity(nesterov):
+    """Against float64 NumPy under a falling rate, where Keras' form differs."""
+    generator = np.random.default_rng(0)
+    w, v = generator.normal(size=(4, 3)), 0.0
+    variable = keras.Variable(w, dtype="float32")
+    optimizer = Momentum(learning_rate=1.0, momentum=0.8, nesterov=nesterov)
+    for rate in (0.5, 0.5, 0.05, 0.05):
+        g = generator.normal(size=w.shape)
+        optimizer.learning_rate = rate
+        optimizer.apply([tf.constant(g, tf.float32)], [variable])
+        v = 0.8 * v + g
+        w = w - rate * (g + 0.8 * v if nesterov else v)
+    np.testing.assert_allclose(variable.numpy(), w, rtol=1e-5, atol=1e-6)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert again.get_config() == optimizer.get_config()
+    with pytest.raises(ValueError, match=r"momentum=-0\.1"):
+        Momentum(momentum=-0.1)

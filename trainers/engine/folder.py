@@ -1,0 +1,144 @@
+"""A run folder on disk: the one place that writes it, and that reads it back.
+
+It holds `flags.json` (the trainer's flags, versions), `metrics.jsonl` (one object a logged step or
+epoch), `summary.json` once the run has ended, `checkpoints/`, `tensorboard/` and `curves.png`.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import subprocess
+
+FLAGS, METRICS, SUMMARY = "flags.json", "metrics.jsonl", "summary.json"
+CHECKPOINTS, BOARD = "checkpoints", "tensorboard"
+PACKAGES = ("tensorflow", "keras", "numpy", "horovod", "nlcg_tf")
+# Among the saved flags there is what they do not say of the task.
+DESCRIBED = ("trainer", "classes", "class_names")
+
+
+class RunFolder:
+    """The run folder while its run goes on.
+
+    Args:
+        path: path of the folder.
+        epochs: int, length of the whole run.
+    """
+
+    def __init__(self, path, epochs):
+        self.path = pathlib.Path(path)
+        self.epochs = epochs
+        self.records = []
+        self._metrics = self._lock = None
+
+    def lock(self):
+        """Takes the folder for this process, until it ends or `close` is called.
+
+        Raises:
+            OSError: if the folder cannot be made, or another process has it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another run is using --output_dir={self.path}") from None
+
+    def start(self, flags, free, updates, epochs):
+        """Begins, or goes on after so many updates and whole epochs.
+
+        Args:
+            flags: dict of the trainer's flags, and of `DESCRIBED`.
+            free: list of the names of those that do not decide the result.
+            updates, epochs: ints.
+        """
+        # A resumed run writes again what came after its checkpoint.
+        self.records = [
+            r
+            for r in read_metrics(self.path)
+            if (r["epoch"] <= epochs if r["type"] == "epoch" else r["update"] <= updates)
+        ]
+        write(self.path / METRICS, "".join(_line(record) for record in self.records))
+        description = {"flags": flags, "free": free}
+        description.update(versions=versions(), git_revision=git_revision())
+        write(self.path / FLAGS, json.dumps(description, indent=2) + "\n")
+        # Of a run that is started again after its end the summary stays.
+        self._had_ended = epochs == self.epochs and (self.path / SUMMARY).exists()
+        self._metrics = (self.path / METRICS).open("a")
+
+    def append(self, record):
+        self.records.append(record)
+        self._metrics.write(_line(record))
+        self._metrics.flush()
+
+    def finish(self, summary):
+        if not self._had_ended:
+            write(self.path / SUMMARY, json.dumps(_finite(summary), indent=2) + "\n")
+
+    def close(self):
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()
+
+
+def read_json(path):
+    """The object in a file; `{}` without one, while it is being written, and for anything else."""
+    try:
+        value = json.loads(pathlib.Path(path).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_flags(folder):
+    """The flags that a run was started with; `None` where the file is another program's."""
+    flags = read_json(pathlib.Path(folder, FLAGS)).get("flags")
+    return flags if isinstance(flags, dict) else None
+
+
+def read_metrics(folder):
+    """The records of a run's log, list of dicts, without the half line that a kill may leave."""
+    path, records = pathlib.Path(folder, METRICS), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return [r for r in records if isinstance(r, dict)]
+
+
+def write(path, text):
+    """Writes a file so that a kill leaves the old one or the new one, never a half."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _line(record):
+    return json.dumps(_finite(record)) + "\n"
+
+
+def _finite(record):
+    """JSON has no NaN: such values become null."""
+    bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**record, **dict.fromkeys(bad)}
+
+
+def versions():
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision():
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None

@@ -1,0 +1,123 @@
+"""What a run tells: to the terminal, the run folder and TensorBoard."""
+
+import math
+import sys
+
+import keras
+import tensorflow as tf
+
+from trainers.engine.curves import plot_curves
+from trainers.engine.folder import BOARD
+
+
+class Silent:
+    """The reporter of every worker but the first: says and writes nothing."""
+
+    def start(self, lines):
+        pass
+
+    def begin_epoch(self, epoch, updates, done):
+        pass
+
+    def progress(self, loss):
+        pass
+
+    def step(self, record):
+        pass
+
+    def epoch(self, record):
+        pass
+
+    def say(self, line):
+        pass
+
+    def finish(self, summary):
+        pass
+
+    def close(self):
+        pass
+
+
+class Reporter(Silent):
+    """The reporter of worker 0.
+
+    On a terminal it shows a progress bar for each epoch; elsewhere one line for each epoch.
+
+    Args:
+        folder: a `RunFolder` that is locked, and started before `start` here.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.epochs = folder.epochs
+        self.terminal = sys.stdout.isatty()
+        self._board = None
+
+    def say(self, line):
+        print(line, flush=True)
+
+    def start(self, lines):
+        """Begins with lines of text; the folder has been started."""
+        self._board = tf.summary.create_file_writer(str(self.folder.path / BOARD))
+        for line in lines:
+            self.say(line)
+
+    def begin_epoch(self, epoch, updates, done):
+        if self.terminal:
+            self.say(f"Epoch {epoch + 1}/{self.epochs}")
+            self._bar = keras.utils.Progbar(updates)
+            self._done = done
+
+    def progress(self, loss):
+        if self.terminal:
+            self._done += 1
+            self._bar.update(self._done, [("loss", float(loss))])
+
+    def step(self, record):
+        self._write({"type": "step", **record})
+
+    def epoch(self, record):
+        self._write({"type": "epoch", **record})
+        tested = ""
+        if "top1" in record:
+            tested = (
+                f"top-1 {record['top1']:.2%}  top-5 {record['top5']:.2%}  "
+                f"(averaged weights {record['averaged_top1']:.2%})  "
+            )
+        nlcg = ""
+        if "beta" in record:
+            nlcg = (
+                f"  beta {record['beta']:.2f}  learning-rate scale "
+                f"{record['learning_rate_scale']:.3f}  cosine {record['cosine']:.2g}  "
+                f"kappa {record['kappa']:.2g}"
+            )
+        self.say(
+            f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  {tested}"
+            f"train top-1 {record['train_top1']:.2%}  {record['images_per_second']:.0f} images/s"
+            f"{nlcg}"
+        )
+        if record.get("overflowed_updates"):
+            self.say(
+                f"{record['overflowed_updates']} of {record['update']} updates so far left out: "
+                f"they overflowed float16; the loss scale is {record['loss_scale']:g}"
+            )
+
+    def close(self):
+        if self._board is not None:
+            self._board.close()
+        self.folder.close()
+
+    def finish(self, summary):
+        self.folder.finish(summary)
+        plot_curves(self.folder.records, self.folder.path / "curves.png")
+        if not math.isfinite(summary["loss"]):
+            self.say("warning: training diverged, the loss is not finite")
+        self.say(f"done: top-1 {summary['top1']:.2%} after {summary['updates']} updates")
+        self.say(f"run folder: {self.folder.path}")
+
+    def _write(self, record):
+        self.folder.append(record)
+        with self._board.as_default(step=record["update"]):
+            for name, value in record.items():
+                if isinstance(value, float):
+                    tf.summary.scalar(f"{record['type']}/{name}", value)

@@ -1,0 +1,175 @@
+"""The flags that all trainers share, each with its role, and what is made of them.
+
+A flag decides the result of a run, and may not change when the run is resumed, or it is free: it
+says where and how the work is done. To add one, define it here, or in a trainer that alone has it.
+"""
+
+import math
+import sys
+
+from absl import flags
+
+from trainers.optimizers.choice import OPTIMIZERS, make_optimizer, trained
+
+FLAGS = flags.FLAGS
+DECISIVE, FREE = [], []
+
+
+def decides(name):
+    """Notes that the flag decides the result."""
+    DECISIVE.append(name)
+    return name
+
+
+def free(name):
+    """Notes that the flag may change between two parts of a run."""
+    FREE.append(name)
+    return name
+
+
+flags.DEFINE_string(
+    free("data_dir"), None, "Folder of the data; TensorFlow Datasets' own by default."
+)
+flags.DEFINE_float(decides("weight_decay"), 1e-4, "Factor of sum(w^2) in the loss.", lower_bound=0)
+flags.DEFINE_float(
+    decides("learning_rate_factor"), 1.0, "Factor on the schedule's peak rate.", lower_bound=1e-12
+)
+flags.DEFINE_integer(decides("global_batch_size"), 128, "Images in one update.", lower_bound=1)
+flags.DEFINE_integer(
+    free("per_worker_batch_size"),
+    None,
+    "Images in one micro-step of one worker. The number of micro-steps in an update follows: "
+    "global batch / (workers * this). By default the global batch over the workers: one.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(decides("epochs"), 200, "Length of the run.", lower_bound=1)
+flags.DEFINE_string(decides("optimizer"), "nlcg", f"Optimizer: {', '.join(trained())}.")
+flags.DEFINE_enum(
+    decides("update_rule"),
+    "blended",
+    ["blended", "fletcher_reeves", "polak_ribiere"],
+    "NLCG: rule for beta; the last two are the paper's.",
+)
+flags.DEFINE_enum(
+    decides("preconditioner"),
+    "normalized_bfgs",
+    ["normalized_bfgs", "bfgs", "rms", "none"],
+    "NLCG: preconditioner; bfgs is the paper's.",
+)
+flags.DEFINE_bool(decides("nesterov"), True, "NLCG: Nesterov's look-ahead.")
+flags.DEFINE_enum(
+    decides("line_search"),
+    "auto",
+    ["auto", "online", "step", "none"],
+    "NLCG: line search. auto is the paper's choice for the data set and batch, and none with "
+    "--update_rule=blended.",
+)
+flags.DEFINE_float(
+    decides("lars_coefficient"),
+    None,
+    "NLCG, LARS: trust coefficient. By default NLCG has none, and LARS 0.001.",
+    lower_bound=1e-12,
+)
+flags.DEFINE_float(
+    decides("label_smoothing"),
+    0.0,
+    "How much of a label is spread over all classes.",
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_enum(
+    decides("dtype_policy"),
+    "float32",
+    ["float32", "mixed_bfloat16", "mixed_float16"],
+    "Precision of the model's computation; weights and optimizer stay float32.",
+)
+flags.DEFINE_bool(free("jit_compile"), False, "Compile the forward and backward pass with XLA.")
+flags.DEFINE_integer(
+    decides("seed"),
+    0,
+    "Seed of weights, order and augmentation.",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
+)
+flags.DEFINE_string(
+    free("output_dir"), None, "Run folder; by default one named by the flags in runs/."
+)
+flags.DEFINE_integer(
+    free("checkpoint_steps"),
+    None,
+    "Updates between two checkpoints, besides the one after each epoch. The same command started "
+    "again goes on from the newest one.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(free("keep_checkpoints"), 2, "How many of the newest stay.", lower_bound=1)
+flags.DEFINE_integer(
+    free("commit_steps"),
+    10,
+    "Elastic workers: updates between two commits, to which the others return when one is lost, "
+    "and at which new ones join.",
+    lower_bound=1,
+)
+flags.DEFINE_bool(
+    free("deterministic"),
+    False,
+    "TensorFlow's deterministic operations: the same run has the same bits.",
+)
+flags.DEFINE_enum(
+    decides("compression"),
+    "none",
+    ["none", "fp16", "bf16"],
+    "Gradients between workers in 16 bits.",
+)
+flags.DEFINE_bool(free("dry_run"), False, "Print what the run would do and need, and end.")
+flags.DEFINE_integer(free("workers"), None, "With --dry_run: how many to assume.", lower_bound=1)
+flags.DEFINE_integer(
+    free("evaluation_epochs"),
+    1,
+    "Epochs between two evaluations on the test images; the last is always evaluated.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(free("log_steps"), 10, "Updates between two logged steps.", lower_bound=1)
+
+
+for _name in ("weight_decay", "learning_rate_factor", "lars_coefficient", "label_smoothing"):
+    flags.register_validator(
+        _name, lambda value: value is None or math.isfinite(value), "must be a finite number"
+    )
+flags.register_validator(
+    "optimizer", lambda name: name in trained(), f"must be one of {', '.join(trained())}"
+)
+
+
+def own_flags():
+    """The trainer's flags by their names, without those of absl and TensorFlow."""
+    values = FLAGS.flag_values_dict()
+    modules = {name: FLAGS.find_module_defining_flag(name) for name in values}
+    own = [n for n in values if modules[n] == sys.argv[0] or modules[n].startswith("trainers.")]
+    return {name: values[name] for name in own}
+
+
+def identity():
+    """The flags that decide what a run computes, as a dict."""
+    return {name: FLAGS[name].value for name in DECISIVE}
+
+
+def optimizer(schedule, default_line_search):
+    """The optimizer that the flags ask for."""
+    line_search = FLAGS.line_search
+    if line_search == "auto":
+        line_search = "none" if FLAGS.update_rule == "blended" else default_line_search
+    return make_optimizer(
+        FLAGS.optimizer,
+        schedule,
+        FLAGS.weight_decay,
+        FLAGS.lars_coefficient,
+        update_rule=FLAGS.update_rule,
+        preconditioner=None if FLAGS.preconditioner == "none" else FLAGS.preconditioner,
+        nesterov=FLAGS.nesterov,
+        line_search=None if line_search == "none" else line_search,
+    )
+
+
+def weight_decay():
+    """The factor of sum(w^2) in the loss; some optimizers see to the decay themselves."""
+    return 0.0 if OPTIMIZERS[FLAGS.optimizer].decays else FLAGS.weight_decay
