@@ -62,7 +62,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["nlcg_tf", "nlcg_tf.fused", "nlcg_tf.horovod"],
-    package_data={"nlcg_tf.fused": ["*.h", "*.cc", "*.cu"]},
+    package_data={"nlcg_tf": ["py.typed"], "nlcg_tf.fused": ["*.h", "*.cc", "*.cu"]},
     ext_modules=[Extension("nlcg_tf.fused.libnlcg_update", [])] if WITH_TENSORFLOW else [],
     cmdclass={"build_ext": BuildFusedOp, "bdist_wheel": AnyPython},
     python_requires=">=3.10",
@@ -81,6 +81,6 @@ setup(
         ],
         # PyPI's source does not compile for TensorFlow 2.21: scripts/build_wheel.sh makes a wheel.
         "horovod": ["horovod==0.28.1"],
-        "test": ["jax", "pillow", "psutil", "pytest", "ruff", "scipy"],
+        "test": ["jax", "mypy", "pillow", "psutil", "pytest", "ruff", "scipy"],
     },
 )

@@ -20,7 +20,7 @@ class OptimizerDiagnostics(keras.callbacks.Callback):
             no `diagnostics`.
     """
 
-    def __init__(self, update_freq="epoch"):
+    def __init__(self, update_freq: str = "epoch") -> None:
         super().__init__()
         if update_freq not in ("epoch", "batch"):
             raise ValueError(

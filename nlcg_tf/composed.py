@@ -12,7 +12,15 @@ from nlcg_tf.preconditioner import Identity, uses_steps
 from nlcg_tf.reductions import all_finite, dot, total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
-REALS = ("delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean")
+REALS: tuple[str, ...] = (
+    "delta",
+    "step_size",
+    "beta",
+    "curvature",
+    "cosine",
+    "kappa",
+    "preconditioner_mean",
+)
 REALS += ("tested_loss", "left_over", "foretold", "mean_square", "first_square")
 REALS += ("mean_length", "cap")
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")

@@ -11,6 +11,7 @@ what it returns for a loss that is not finite is dropped by the optimizer.
 """
 
 import dataclasses
+from typing import Any
 
 import keras
 from keras import ops
@@ -18,7 +19,7 @@ from keras import ops
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
 
 
-def get(identifier):
+def get(identifier: Any) -> Any:
     """Resolves the `line_search` argument of `NLCG`.
 
     Args:
@@ -75,10 +76,10 @@ class OnlineLineSearch(Configurable):
         self._check("increase_factor", lambda x: is_number(x) and x >= 1, "be at least 1")
         self._check("minimum_scale", is_fraction, "lie in (0, 1]")
 
-    def initial_state(self):
+    def initial_state(self) -> dict[str, float]:
         return {"learning_rate_scale": 1.0, "previous_loss": 0.0}
 
-    def update(self, state, loss, updates):
+    def update(self, state: dict[str, Any], loss: Any, updates: Any) -> dict[str, Any]:
         previous, scale = state["previous_loss"], state["learning_rate_scale"]
         rose = loss > previous + self.decrease_threshold * ops.abs(previous)
         fell = loss < previous + self.increase_threshold * ops.abs(previous)
@@ -135,10 +136,10 @@ class StepLineSearch(Configurable):
         self._check("increase_factor", lambda x: is_number(x) and x >= 1, "be at least 1")
         self._check("minimum_scale", is_fraction, "lie in (0, 1]")
 
-    def initial_state(self):
+    def initial_state(self) -> dict[str, float]:
         return {"learning_rate_scale": 1.0, "average_loss": 0.0, "compared_loss": 0.0}
 
-    def update(self, state, loss, updates):
+    def update(self, state: dict[str, Any], loss: Any, updates: Any) -> dict[str, Any]:
         first = updates == 0
         average = self.smoothing * state["average_loss"] + (1 - self.smoothing) * loss
         average = ops.where(first, loss, average)

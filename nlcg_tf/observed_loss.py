@@ -1,5 +1,8 @@
 """How an optimizer sees the loss, in `fit` and in loops of a user's own."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -9,8 +12,8 @@ from keras import ops
 NO_LOSS = -np.inf
 
 
-class ObservesLoss:
-    """Mixin for a Keras optimizer: each update has its loss in `update_loss`."""
+class ObservesLoss(keras.optimizers.Optimizer):
+    """Mixin: each update has its loss in `update_loss`."""
 
     def _watch_loss(self, uses_loss):
         """To be called in `__init__`; `uses_loss`: whether updates need a loss."""
@@ -34,7 +37,7 @@ class ObservesLoss:
             name=name,
         )
 
-    def observe_loss(self, loss):
+    def observe_loss(self, loss: Any) -> None:
         """Tells the optimizer the loss of the coming update.
 
         For custom training loops, before `apply` or `apply_gradients`; `fit` does it by itself.
@@ -64,12 +67,12 @@ class ObservesLoss:
             self._pending_loss = loss
         self._loss_is_known = True
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Any) -> Any:
         """Keras' hook before the gradients are computed: here the optimizer sees the loss."""
         self.observe_loss(loss)
         return super().scale_loss(loss)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Does one update; see `keras.optimizers.Optimizer.apply`.
 
         Raises:

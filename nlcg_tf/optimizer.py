@@ -1,10 +1,13 @@
 """The NLCG optimizer, after Adya, Palakkode & Tuzel 2018, arXiv 1812.02886."""
 
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from nlcg_tf import composed, direction, fused, loss_scaling
 from nlcg_tf import line_search as line_searches
@@ -92,18 +95,18 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
     def __init__(
         self,
-        learning_rate=0.1,
-        update_rule="blended",
-        preconditioner="normalized_bfgs",
-        line_search=None,
-        nesterov=True,
-        momentum=0.9,
-        epsilon=1e-8,
-        lars_coefficient=None,
-        fused="auto",
-        name="nlcg",
-        **kwargs,
-    ):
+        learning_rate: float | LearningRateSchedule | Callable[[], float] = 0.1,
+        update_rule: str = "blended",
+        preconditioner: Any = "normalized_bfgs",
+        line_search: Any = None,
+        nesterov: bool = True,
+        momentum: float = 0.9,
+        epsilon: float = 1e-8,
+        lars_coefficient: float | None = None,
+        fused: bool | str = "auto",
+        name: str = "nlcg",
+        **kwargs: Any,
+    ) -> None:
         check_choice("update_rule", update_rule, list(direction.RULES))
         check_choice("nesterov", nesterov, [True, False])
         check_choice("fused", fused, ["auto", True, False])
@@ -123,7 +126,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         self._watch_loss(self.line_search is not None or update_rule == "blended")
         self._count_without_slots = len(self.variables)
 
-    def build(self, var_list):
+    def build(self, var_list: Sequence[Any]) -> None:
         """Creates the slots, tensors of the shape of each variable, and scalars."""
         if self.built:
             return
@@ -158,8 +161,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         # Scalars lie together in two vectors: one to read, and one kernel to write, not a dozen.
         state = self.line_search.initial_state() if self.line_search else {}
         self.real_names = [*REALS, *state]
-        initial = [*[0.0] * len(REALS), *state.values()]
-        self.reals = self._add_state("reals", initial, self.compute_dtype)
+        values = [*[0.0] * len(REALS), *state.values()]
+        self.reals = self._add_state("reals", values, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
 
     def _apply_weight_decay(self, variables):
@@ -215,7 +218,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         counts = dict(zip(COUNTS, ops.unstack(ops.convert_to_tensor(self.counts), len(COUNTS))))
         return is_update & (counts["last_update_applied"] == 1), counts["updates"] == 1
 
-    def diagnostics(self):
+    def diagnostics(self) -> dict[str, float]:
         """What the last update did, as Python floats.
 
         Returns:
@@ -234,7 +237,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             values.update(zip(COUNTS, ops.convert_to_numpy(self.counts).tolist()))
         return {name: float(values[name]) for name in shown}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             update_rule=self.update_rule,
@@ -249,7 +252,9 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         return config
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "NLCG":
         """The reverse of `get_config`; `custom_objects` maps names to classes of your own."""
         with keras.saving.custom_object_scope(custom_objects or {}):
             return super().from_config(dict(config), custom_objects)

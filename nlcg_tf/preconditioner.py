@@ -18,6 +18,7 @@ optimizer.
 
 import dataclasses
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -25,12 +26,15 @@ from keras import ops
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
 from nlcg_tf.reductions import TINY, dot, total
 
+Tensors = list[Any]
+State = dict[str, Tensors]
+
 # The least y^T s beside its two terms g^T s and g_prev^T s, whose float32 sums are right to about
 # 1e-6: so that two digits of the difference, and of what it makes of h, are.
 RESOLUTION = 1e-4
 
 
-def get(identifier):
+def get(identifier: Any) -> Any:
     """Resolves the `preconditioner` argument of `NLCG`.
 
     Args:
@@ -40,11 +44,10 @@ def get(identifier):
     Raises:
         ValueError: for anything else.
     """
-    classes = {"bfgs": DiagonalBFGS, "normalized_bfgs": NormalizedBFGS, "rms": RMS}
-    return resolve("preconditioner", identifier, classes, ("initial_state", "update", "apply"))
+    return resolve("preconditioner", identifier, NAMES, ("initial_state", "update", "apply"))
 
 
-def uses_steps(preconditioner):
+def uses_steps(preconditioner: Any) -> bool:
     """Whether a preconditioner, or `None`, needs y and s."""
     return preconditioner is not None and getattr(preconditioner, "uses_steps", True)
 
@@ -89,13 +92,15 @@ def harmonic_mean(divisors):
 class Identity:
     """h = 1: what `preconditioner=None` stands for."""
 
-    def initial_state(self):
+    def initial_state(self) -> dict[str, float]:
         return {}
 
-    def update(self, state, g, y, s, kappa):
+    def update(
+        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
+    ) -> tuple[State, Any]:
         return state, True
 
-    def apply(self, state, g, epsilon):
+    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
         return [g_i / (1 + epsilon) for g_i in g], ops.ones((), g[0].dtype)
 
 
@@ -109,14 +114,16 @@ class DiagonalBFGS(Configurable):
     `diagnostics()["preconditioner_mean"]`, the harmonic mean of h, then rises without end.
     """
 
-    def initial_state(self):
+    def initial_state(self) -> dict[str, float]:
         return {"hessian_diagonal": 1.0}
 
-    def update(self, state, g, y, s, kappa):
+    def update(
+        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
+    ) -> tuple[State, Any]:
         h, accepted = bfgs(state["hessian_diagonal"], g, y, s)
         return {"hessian_diagonal": h}, accepted
 
-    def apply(self, state, g, epsilon):
+    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
         divisors = [h_i + epsilon for h_i in state["hessian_diagonal"]]
         return [g_i / x_i for g_i, x_i in zip(g, divisors)], harmonic_mean(divisors)
 
@@ -146,13 +153,15 @@ class NormalizedBFGS(DiagonalBFGS):
     def __post_init__(self):
         self._check("decay", is_fraction, "lie in (0, 1]")
 
-    def update(self, state, g, y, s, kappa):
+    def update(
+        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
+    ) -> tuple[State, Any]:
         state, accepted = super().update(state, g, y, s, kappa)
         rate = (1 - self.decay) * (1 - kappa)
         h = [h_i + rate * (1 - h_i) for h_i in state["hessian_diagonal"]]
         return {"hessian_diagonal": h}, accepted
 
-    def apply(self, state, g, epsilon):
+    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
         quotients, mean = super().apply(state, g, epsilon)
         return [mean * q_i for q_i in quotients], mean
 
@@ -185,10 +194,12 @@ class RMS(Configurable):
     def __post_init__(self):
         self._check("decay", lambda x: is_number(x) and 0 < x < 1, "lie in (0, 1)")
 
-    def initial_state(self):
+    def initial_state(self) -> dict[str, float]:
         return {"second_moment": 0.0}
 
-    def update(self, state, g, y, s, kappa):
+    def update(
+        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
+    ) -> tuple[State, Any]:
         def update(v_i, g_i):
             # An element whose square overflows keeps its value: infinity would never come back.
             candidate = v_i + (1 - self.decay) * (g_i * g_i - v_i)
@@ -196,9 +207,13 @@ class RMS(Configurable):
 
         return {"second_moment": [update(*e) for e in zip(state["second_moment"], g)]}, True
 
-    def apply(self, state, g, epsilon):
+    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
         q = [g_i / (ops.sqrt(v_i) + epsilon) for g_i, v_i in zip(g, state["second_moment"])]
         scale = ops.sqrt(dot(g, g) / dot(q, q))
         # Where the squares vanish or overflow there is no direction to trust.
         scale = ops.where(ops.isfinite(scale), scale, ops.zeros_like(scale))
         return [scale * q_i for q_i in q], scale
+
+
+# To add one, add its class here.
+NAMES = {"bfgs": DiagonalBFGS, "normalized_bfgs": NormalizedBFGS, "rms": RMS}

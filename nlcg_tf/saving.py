@@ -1,17 +1,19 @@
 """A saved optimizer says which settings its state belongs to."""
 
 import json
+from typing import Any
 
+import keras
 import numpy as np
 
 
-class KnowsItsLayout:
-    """Mixin for a Keras optimizer: a state of other settings is refused by name.
+class KnowsItsLayout(keras.optimizers.Optimizer):
+    """Mixin: a state of other settings is refused by name.
 
     Keras restores by position, and only warns where the numbers of variables differ.
     """
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Stores the variables, and which settings they belong to."""
         super().save_own_variables(store)
         store["layout"] = np.frombuffer(json.dumps(self._layout()).encode(), np.uint8)
@@ -30,7 +32,7 @@ class KnowsItsLayout:
             "gradient_accumulation_steps": bool(self.gradient_accumulation_steps),
         }
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Restores the optimizer from a saved model.
 
         An optimizer without slots yet, or a file without optimizer state, is what Keras makes of

@@ -1,5 +1,7 @@
 """The learning-rate schedules of the paper's experiments; a step is an update."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -9,7 +11,9 @@ START = 0.001
 class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """A ramp from 0.001 to the peak rate, then `_after`; `epochs` fixes the length of both."""
 
-    def __init__(self, batch_size, epochs, steps_per_epoch, factor=1.0):
+    def __init__(
+        self, batch_size: int, epochs: int, steps_per_epoch: int, factor: float = 1.0
+    ) -> None:
         super().__init__()
         arguments = {
             "batch_size": batch_size,
@@ -26,14 +30,14 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
             1.0, epochs / self.reference_epochs
         )
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         epoch = ops.cast(step, "float32") / self._config["steps_per_epoch"]
         progress = ops.clip(epoch / self.warmup_epochs, 0.0, 1.0)
         start = min(START, self.peak)
         ramp = start + (self.peak - start) * self._ramp(progress)
         return ops.where(epoch < self.warmup_epochs, ramp, self._after(epoch))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return dict(self._config)
 
 

@@ -9,4 +9,5 @@ export PATH=$PWD/.venv/bin:$PATH TF_CPP_MIN_LOG_LEVEL=2
 set -x
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest "$@"

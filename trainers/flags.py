@@ -50,11 +50,10 @@ flags.DEFINE_enum(
     ["blended", "fletcher_reeves", "polak_ribiere"],
     "NLCG: rule for beta; the last two are the paper's.",
 )
-flags.DEFINE_enum(
+flags.DEFINE_string(
     decides("preconditioner"),
     "normalized_bfgs",
-    ["normalized_bfgs", "bfgs", "rms", "none"],
-    "NLCG: preconditioner; bfgs is the paper's.",
+    "NLCG: preconditioner: normalized_bfgs, bfgs (the paper's), rms or none.",
 )
 flags.DEFINE_bool(decides("nesterov"), True, "NLCG: Nesterov's look-ahead.")
 flags.DEFINE_enum(
@@ -135,6 +134,15 @@ for _name in ("weight_decay", "learning_rate_factor", "lars_coefficient", "label
     flags.register_validator(
         _name, lambda value: value is None or math.isfinite(value), "must be a finite number"
     )
+
+
+def _is_preconditioner(name):
+    from nlcg_tf import preconditioner  # not needed by those who read the flags' names alone
+
+    return name == "none" or name in preconditioner.NAMES
+
+
+flags.register_validator("preconditioner", _is_preconditioner, "must be a name or none")
 flags.register_validator(
     "optimizer", lambda name: name in trained(), f"must be one of {', '.join(trained())}"
 )

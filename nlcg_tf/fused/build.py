@@ -18,7 +18,7 @@ import tempfile
 
 HERE = pathlib.Path(__file__).parent
 LIBRARY = "libnlcg_update.so"
-SOURCES = ("nlcg_update.h", "nlcg_update_cpu.cc", "nlcg_update_op.cc")
+SOURCES: tuple[str, ...] = ("nlcg_update.h", "nlcg_update_cpu.cc", "nlcg_update_op.cc")
 SOURCES += ("nlcg_update_cuda.h", "nlcg_update_cuda.cu", "build.py")
 # No -ffast-math, which breaks the checks for NaN; no contraction to FMA: all machines round alike.
 # Nobody asks errno about a square root, which is not vectorised otherwise.
@@ -30,7 +30,7 @@ ARCHITECTURES = [
 ]
 
 
-def sources_digest():
+def sources_digest() -> str | None:
     """A digest of what the library is built from; `None` where the sources are not all there."""
     try:
         return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in SOURCES)).hexdigest()
@@ -38,7 +38,7 @@ def sources_digest():
         return None
 
 
-def build(folder=HERE):
+def build(folder: pathlib.Path = HERE) -> pathlib.Path:
     """Builds the library into `folder`.
 
     Args:

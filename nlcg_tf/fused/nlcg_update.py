@@ -5,6 +5,8 @@ import json
 import pathlib
 import re
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -51,12 +53,12 @@ def _recorded():
     return json.loads(found[1]) if found else {}
 
 
-def is_available():
+def is_available() -> bool:
     """Whether the fused op is built for this TensorFlow and can be loaded."""
     return keras.backend.backend() == "tensorflow" and _load()[0] is not None
 
 
-def build_info():
+def build_info() -> dict[str, Any]:
     """What the op was built with.
 
     Returns:
@@ -76,7 +78,7 @@ def build_info():
     }
 
 
-def why_not(optimizer, weights):
+def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     """Why the op cannot do this update, in a sentence; `None` where it can.
 
     Args:

@@ -19,7 +19,7 @@ class BroadcastVariables(keras.callbacks.Callback):
         ValueError: when training begins, if the model is not built yet.
     """
 
-    def __init__(self, root_rank=0):
+    def __init__(self, root_rank: int = 0) -> None:
         super().__init__()
         self.root_rank = root_rank
 
@@ -48,7 +48,7 @@ class WatchWorkers(keras.callbacks.Callback):
             in an epoch where `fit` knows them, differ.
     """
 
-    def __init__(self, seconds=20.0):
+    def __init__(self, seconds: float = 20.0) -> None:
         super().__init__()
         self.seconds, self._watch = seconds, None
 

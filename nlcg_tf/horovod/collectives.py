@@ -1,6 +1,8 @@
 """What all workers do together: averages, sums, broadcasts and comparisons of tensors."""
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import horovod.tensorflow as hvd
 import keras
@@ -8,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 
-def average(tensors):
+def average(tensors: Sequence[Any]) -> list[Any]:
     """Averages over the workers: one grouped all-reduce, or one for each type of number."""
     averages = list(tensors)
     for dtype in {x.dtype: None for x in tensors}:
@@ -44,7 +46,7 @@ def _average_bfloat16(tensors):
     return [tf.reshape(part, x.shape) for part, x in zip(averages, tensors)]
 
 
-def broadcast(variables, root_rank=0):
+def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
     """Gives all workers the values that worker `root_rank` holds.
 
     Args:
@@ -58,13 +60,13 @@ def plain(variables):
     return [v.value if isinstance(v, keras.Variable) else v for v in variables]
 
 
-def sum_over_workers(values):
+def sum_over_workers(values: Sequence[float]) -> list[float]:
     """Sums a list of numbers over all workers in float64 (integers are exact up to 2^53)."""
     values = tf.constant(values, tf.float64)
     return hvd.allreduce(values, op=hvd.Sum, name="Horovod_sum").numpy().tolist()
 
 
-def sum_metrics(model):
+def sum_metrics(model: keras.Model) -> Any:
     """The model's metrics over the examples of all workers.
 
     A metric's state (totals and counts) is summed over the workers and its result computed from
@@ -89,7 +91,7 @@ def sum_metrics(model):
     return results
 
 
-def average_moving_statistics(model):
+def average_moving_statistics(model: keras.Model) -> None:
     """Averages the model's floating-point state (batch norm's moving mean and variance).
 
     Each worker sees its own part of the batch; call this before evaluation and before saving.
@@ -113,7 +115,7 @@ def average_moving_statistics(model):
         variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
 
 
-def check_identical(variables):
+def check_identical(variables: Sequence[Any]) -> None:
     """Checks that all workers hold the same bits.
 
     Args:

@@ -1,6 +1,8 @@
 """Workers that come and go: what Horovod's elastic engine needs from Keras 3."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
@@ -23,7 +25,7 @@ class ElasticState(ObjectState):
         **values: Python values, `update=0, ...`, to be found as `state.update`.
     """
 
-    def __init__(self, variables, **values):
+    def __init__(self, variables: Sequence[Any], **values: Any) -> None:
         self._variables = plain(variables)
         self._keep()
         super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **values)
@@ -46,7 +48,7 @@ class ElasticState(ObjectState):
         self._kept = [v.numpy() for v in self._variables]
 
 
-def elastic_run(function):
+def elastic_run(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates `function(state, ...)` to be called again after each change of workers.
 
     See `horovod.elastic.run`, whose engine this is. Functions traced by TensorFlow that depend on

@@ -1,6 +1,8 @@
 """Makes any Keras 3 optimizer average its gradients over Horovod's workers."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -13,7 +15,11 @@ from nlcg_tf.horovod.collectives import average, name_of
 COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 
 
-def DistributedOptimizer(optimizer, compression=None, average_with=()):
+def DistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    compression: str | None = None,
+    average_with: Sequence[Any] = (),
+) -> keras.optimizers.Optimizer:
     """Makes a Keras 3 optimizer average its gradients over all Horovod workers.
 
     The gradients, and with them the loss that NLCG's line search observes, are averaged in one

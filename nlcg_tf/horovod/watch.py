@@ -38,12 +38,12 @@ class Watch:
         seconds: float, how long a count stands still before that.
     """
 
-    def __init__(self, seconds=60.0):
+    def __init__(self, seconds: float = 60.0) -> None:
         self.seconds = seconds
         self.beat = seconds / 6
         self.ticks = 0
 
-    def tick(self):
+    def tick(self) -> None:
         """To be called in each step, by all workers alike."""
         self.ticks += 1
 

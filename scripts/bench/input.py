@@ -13,7 +13,6 @@ training: images per second of `trainers.imagenet --dataset=synthetic` with NLCG
 
 import argparse
 import contextlib
-import json
 import os
 import pathlib
 import subprocess
@@ -27,8 +26,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from scripts.shared.timing import machine, ratio, show_ratio, write_json
+from scripts.shared.timing import machine, ratio, show_ratio, turns, write_json
 from trainers.data import decode, sources
+from trainers.engine.folder import read_metrics
 from trainers.engine.plan import make_plan
 
 WARMUP_BATCHES = 6
@@ -107,12 +107,9 @@ def seconds_an_image(make, seconds):
 
 def bench(folder, size, batch, seconds, repeats):
     taken = {name: [] for name in PIPELINES}
-    for round_ in range(repeats):
-        names = list(PIPELINES)
-        first = round_ % len(names)
-        for name in [*names[first:], *names[:first]]:
-            make = PIPELINES[name]
-            taken[name].append(seconds_an_image(lambda m=make: m(folder, size, batch), seconds))
+    for _, name in turns(PIPELINES, repeats):
+        make = PIPELINES[name]
+        taken[name].append(seconds_an_image(lambda m=make: m(folder, size, batch), seconds))
     clock, work = ({name: np.array(v)[:, i] for name, v in taken.items()} for i in (0, 1))
     others = [name for name in PIPELINES if name != "ours"]
     result = {
@@ -149,15 +146,14 @@ def training_speed(optimizer, size, batch):
         )
         if result.returncode:
             sys.exit(f"error: {' '.join(command)} failed:\n{result.stderr[-2000:]}")
-        records = map(json.loads, pathlib.Path(folder, "metrics.jsonl").read_text().splitlines())
-        return [r["images_per_second"] for r in records if r["type"] == "epoch"][-1]
+        epochs = [record for record in read_metrics(folder) if record["type"] == "epoch"]
+        return epochs[-1]["images_per_second"]
 
 
 def bench_training(size, batch, repeats):
     speeds = {"nlcg": [], "momentum": []}
-    for round_ in range(repeats):
-        for optimizer in list(speeds)[:: 1 if round_ % 2 else -1]:
-            speeds[optimizer].append(training_speed(optimizer, size, batch))
+    for _, optimizer in turns(speeds, repeats):
+        speeds[optimizer].append(training_speed(optimizer, size, batch))
     print(f"ResNet-50, {size}x{size}, batch {batch}, {repeats} rounds")
     for optimizer, values in speeds.items():
         low, median, high = np.percentile(values, [25, 50, 75])

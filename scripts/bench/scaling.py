@@ -13,7 +13,6 @@ model: all-reduces of 4 bytes to 64 MiB between two workers here, fitted with th
 """
 
 import argparse
-import itertools
 import json
 import pathlib
 import signal
@@ -23,7 +22,7 @@ import numpy as np
 
 from scripts.bench.ring_model import fit_ring, plot_predictions, ring_seconds, show_predictions
 from scripts.bench.team import BYTES, WORKERS, Team, common_rates, horovod_team, work
-from scripts.shared.timing import machine, ratio, show_ratio, write_json
+from scripts.shared.timing import machine, ratio, show_ratio, turns, write_json
 
 
 def covered(intervals):
@@ -82,10 +81,9 @@ def measure_throughput(options):
             team.ask("updates", k, 2, members=members)  # compiles
             pace = min(common_rates([s]) for s in team.ask("updates", k, 5, members=members))[0]
             counts[k, name] = max(5, 2 + int(options.seconds * pace))
-        for round_ in range(options.rounds):
-            names = list(teams)[round_ % 3 :] + list(teams)[: round_ % 3]
-            for k, name in itertools.product(options.micro_steps, names):
-                team, members = teams[name]
+        for _, name in turns(teams, options.rounds):
+            team, members = teams[name]
+            for k in options.micro_steps:
                 rate = sum(team.rates(k, counts[k, name], members))
                 rates[k, name].append(k * options.batch * rate)
     result = {}

@@ -3,7 +3,6 @@
 import math
 import os
 import pathlib
-import tempfile
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from trainers.engine.folder import (
     SUMMARY,
     read_flags,
     read_json,
+    write,
 )
 from trainers.engine.folder import read_metrics as read_records
 from trainers.flags import FREE
@@ -150,10 +150,7 @@ def _has_numbers(record, keys):
 
 def write_csv(runs, path):
     """Writes a table so that no reader meets half of it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".partial") as file:
-        runs.to_csv(file, index=False)
-    pathlib.Path(file.name).chmod(0o644)
-    pathlib.Path(file.name).replace(path)
+    write(path, runs.to_csv(index=False))
 
 
 def _resolved(folders):

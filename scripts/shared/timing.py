@@ -9,8 +9,17 @@ import time
 import numpy as np
 
 
+def turns(names, rounds):
+    """`(round, name)` in turn, A B C B C A C A B ..., so that a slow moment hits all alike."""
+    names = list(names)
+    for round_ in range(rounds):
+        first = round_ % len(names)
+        for name in [*names[first:], *names[:first]]:
+            yield round_, name
+
+
 def interleaved(calls, repeats, warmup=2, prepare=None):
-    """Times functions in turn, A B C B C A C A B ..., so that a slow moment hits all alike.
+    """Times functions in turn.
 
     Args:
         calls: dict of functions without arguments that return when the work is done.
@@ -22,16 +31,15 @@ def interleaved(calls, repeats, warmup=2, prepare=None):
         dict of arrays of seconds, one entry a round.
     """
     seconds = {name: [] for name in calls}
-    for round_ in range(warmup + repeats):
-        if prepare is not None:
+    prepared = None
+    for round_, name in turns(calls, warmup + repeats):
+        if prepare is not None and prepared != round_:
             prepare()
-        names = list(calls)
-        first = round_ % len(names)
-        for name in [*names[first:], *names[:first]]:
-            began = time.perf_counter()
-            calls[name]()
-            if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+            prepared = round_
+        began = time.perf_counter()
+        calls[name]()
+        if round_ >= warmup:
+            seconds[name].append(time.perf_counter() - began)
     return {name: np.array(values) for name, values in seconds.items()}
 
 

@@ -1,7 +1,6 @@
 """Starts real Horovod workers."""
 
 import importlib.util
-import json
 import os
 import pathlib
 import shutil
@@ -10,6 +9,8 @@ import sys
 import time
 
 import pytest
+
+from trainers.engine.folder import read_metrics
 
 # The launchers of the environment that runs the tests.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
@@ -91,12 +92,7 @@ def mpirun(*command, workers=2):
 
 def records(folder, kind):
     """The "step" or "epoch" records of a run so far."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in found if record["type"] == kind]
+    return [record for record in read_metrics(folder) if record["type"] == kind]
 
 
 def wait_for(condition, process, log):

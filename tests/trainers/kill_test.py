@@ -11,7 +11,6 @@ never killed. With `--cost` says too what `--deterministic` costs.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import random
@@ -24,6 +23,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import psutil
+
+from trainers.engine.folder import read_metrics
 
 TRAINING = ["trainers.cifar", "--depth=8", "--global_batch_size=256", "--per_worker_batch_size=64"]
 TRAINING += ["--checkpoint_steps=2"]
@@ -136,9 +137,9 @@ def final_state(folder):
     newest = sorted((folder / "checkpoints").glob("update-*"))[-1]
     reader = tf.train.load_checkpoint(str(newest / "state"))
     names = [n for n in reader.get_variable_to_shape_map() if n != "_CHECKPOINTABLE_OBJECT_GRAPH"]
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    figures = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+    figures = [
+        {k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(folder)
+    ]
     return {name: reader.get_tensor(name) for name in names}, figures
 
 
@@ -158,8 +159,7 @@ def compare(folder, other):
 
 def speed(folder):
     """Median images per second over the epochs, the first left out."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    epochs = [json.loads(line) for line in lines if '"type": "epoch"' in line]
+    epochs = [record for record in read_metrics(folder) if record["type"] == "epoch"]
     return np.median([record["images_per_second"] for record in epochs[1:]])
 
 
