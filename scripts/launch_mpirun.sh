@@ -32,7 +32,7 @@ for name in $(compgen -e); do
 done
 command+=(${options[@]+"${options[@]}"} "${rest[@]}")
 if [ -n "$dry_run" ]; then print_command; exit; fi
-cure="install Open MPI (see README) and run scripts/setup.sh again, or use scripts/launch_horovodrun.sh"
+cure="install Open MPI (see docs/cluster.md) and run scripts/setup.sh again, or use scripts/launch_horovodrun.sh"
 [[ $("$mpirun" --version 2> /dev/null) == *"Open MPI"* ]] || fail "no mpirun of Open MPI: $cure"
 # Asking Horovod itself would take the start of TensorFlow.
 grep -qs libmpi "$path"/../lib/python3*/site-packages/horovod/tensorflow/mpi_lib*.so || fail "Horovod is not built with MPI: $cure"

@@ -1,4 +1,4 @@
-"""The problems of study_curvature.py: small, ill-conditioned, and without anything to download.
+"""The problems of the study: small, ill-conditioned, and without anything to download.
 
 Each is a function without arguments that returns a `Problem`; `PROBLEMS` has them by name. Data do
 not depend on the seed of a run, which decides the initial weights and the order of the examples.

@@ -2,6 +2,8 @@
 
 import math
 
+import pandas as pd
+
 from scripts.curvature import figures
 from scripts.curvature.statistics import (
     POINTS,
@@ -16,6 +18,7 @@ from scripts.curvature.statistics import (
     target_loss,
     worst_runs,
 )
+from trainers.engine.folder import write
 from trainers.optimizers.choice import OPTIMIZERS
 
 
@@ -102,8 +105,11 @@ def table(records, made):
 
 
 def write_report(folder, records, made):
-    """Writes table.md and the figures: loss_updates, loss_seconds, sensitivity, win_loss."""
+    """Writes table.md, runs.csv (a line a run) and the figures."""
     (folder / "table.md").write_text(table(records, made))
+    columns = ["problem", "optimizer", "updates", "rate", "seed", "final_loss", "diverged"]
+    columns += ["error", "seconds", "revision"]
+    write(folder / "runs.csv", pd.DataFrame(records)[columns].to_csv(index=False))
     figures.draw_losses(records, "updates", folder)
     figures.draw_losses(records, "seconds", folder)
     figures.draw_sensitivity(records, folder)
