@@ -96,7 +96,7 @@ def build(emulate):
 
 def _without_launches(source, folder):
     """A copy of CUDA source whose launches, which are not C++, are calls of the emulation."""
-    launch = r"(\w+(?:<[^<>]*>)?)<<<([^<>]*)>>>\("
+    launch = r"(\w+(?:<[^<>]*>)?)[\s\\]*<<<([^<>]*)>>>\("
     text = re.sub(launch, r"emulation::Launch(\2, \1)(", source.read_text())
     assert "<<<" not in text, f"a launch in {source} has an unknown form"
     target = folder / f"{source.stem}.cc"
