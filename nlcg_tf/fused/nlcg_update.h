@@ -118,9 +118,9 @@ template <typename T>
 struct Variable {
   T* w;
   T* d;
-  T* h;               // BFGS: h; RMS: v; otherwise null
-  const T* g_prev;    // null where it is not kept
-  T* g_prev_out;      // null: not kept, or the caller keeps the buffer of g as the next g_prev
+  T* h;             // BFGS: h; RMS: v; otherwise null
+  const T* g_prev;  // null where it is not kept
+  T* g_prev_out;    // null: not kept, or the caller keeps the buffer of g as the next g_prev
   const T* g;
   T* trust_ratio;     // the LARS factor of this variable's last step; null: 1
   T* curvature_sums;  // sum(g_prev d) and sum(d h d), each in two parts; null where not kept
@@ -422,7 +422,8 @@ NLCG_HOST_DEVICE void FinishVariable(const Settings& settings, const Sums& sums,
                                      const Variable<T>& v) {
   if (v.trust_ratio != nullptr) {
     const double norm = sqrt(sums.of[kStepWw]);
-    const double ratio = settings.lars_coefficient * norm / (sqrt(sums.of[kStepDd]) + settings.epsilon);
+    const double ratio =
+        settings.lars_coefficient * norm / (sqrt(sums.of[kStepDd]) + settings.epsilon);
     *v.trust_ratio = norm > 0 ? T(ratio) : T(1);
   }
   if (v.curvature_sums != nullptr) {
@@ -448,7 +449,8 @@ NLCG_HOST_DEVICE bool SumsAreKept(const Variable<T>& v) {
 }
 
 // Calls work(begin, end) on parts of [0, count), perhaps at the same time.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>&)>;
+using ParallelFor =
+    std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>&)>;
 
 // One update on the CPU. All pointers but those that may be null point to `size` elements, no two of
 // those that are written overlap. Returns whether the update was done, not skipped.

@@ -124,8 +124,7 @@ struct ExactSum {
 template <typename T>
 NLCG_HOST_DEVICE typename Simd<T>::Vector LastStep(const Variable<T>& v,
                                                    const Previous<T>& previous, T step,
-                                                   bool nesterov,
-                                                   typename Simd<T>::Vector g_prev,
+                                                   bool nesterov, typename Simd<T>::Vector g_prev,
                                                    typename Simd<T>::Vector old_divisor, int64_t i,
                                                    int64_t n) {
   typename Simd<T>::Vector d = Load(v.d + i, n);
@@ -417,14 +416,14 @@ NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stag
 }
 
 NLCG_CLONES Sums SweepChunk(Sweep sweep, const Settings& settings, const Stage<float>& stage,
-                            const Previous<float>& previous, const Variable<float>& v, int64_t begin,
-                            int64_t end) {
+                            const Previous<float>& previous, const Variable<float>& v,
+                            int64_t begin, int64_t end) {
   return RunSweep(sweep, settings, stage, previous, v, begin, end);
 }
 
 NLCG_CLONES Sums SweepChunk(Sweep sweep, const Settings& settings, const Stage<double>& stage,
-                            const Previous<double>& previous, const Variable<double>& v, int64_t begin,
-                            int64_t end) {
+                            const Previous<double>& previous, const Variable<double>& v,
+                            int64_t begin, int64_t end) {
   return RunSweep(sweep, settings, stage, previous, v, begin, end);
 }
 

@@ -318,11 +318,12 @@ void Launch(const Settings& settings, const Scratch<T>& scratch, double elements
             const T* learning_rate, const T* loss, T* reals, int64_t* counts, cudaStream_t stream) {
   const int blocks = static_cast<int>(scratch.chunks);
   const bool keeps = settings.lars_coefficient > 0 || KeepsSums(settings);
-#define NLCG_SWEEP(kind)                                                              \
-  if (blocks > 0) {                                                                   \
-    SweepKernel<T, kind, kPreconditioner><<<blocks, kThreads, 0, stream>>>(settings, scratch, reals); \
+#define NLCG_SWEEP(kind)                                             \
+  if (blocks > 0) {                                                  \
+    SweepKernel<T, kind, kPreconditioner>                            \
+        <<<blocks, kThreads, 0, stream>>>(settings, scratch, reals); \
   }
-#define NLCG_FINISH(kind, extra_blocks)                                                \
+#define NLCG_FINISH(kind, extra_blocks)                                                   \
   FinishKernel<T, kind, kPreconditioner><<<1 + (extra_blocks), kSumThreads, 0, stream>>>( \
       settings, scratch, elements, learning_rate, loss, reals, counts)
   if (kPreconditioner == kBfgs) {

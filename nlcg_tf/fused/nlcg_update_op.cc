@@ -135,14 +135,12 @@ absl::Status CheckVariable(Var* var, DataType dtype, const TensorShape& shape, c
         absl::StrCat("NlcgUpdate: ", role, "[", index, "] is not initialized"));
   }
   if (var->tensor()->dtype() != dtype) {
-    return Invalid("NlcgUpdate: ", role, "[", index, "] must have type ",
-                                   DataTypeString(dtype), ", has ",
-                                   DataTypeString(var->tensor()->dtype()));
+    return Invalid("NlcgUpdate: ", role, "[", index, "] must have type ", DataTypeString(dtype),
+                   ", has ", DataTypeString(var->tensor()->dtype()));
   }
   if (!var->tensor()->shape().IsSameSize(shape)) {
-    return Invalid("NlcgUpdate: ", role, "[", index, "] must have shape ",
-                                   shape.DebugString(), ", has ",
-                                   var->tensor()->shape().DebugString());
+    return Invalid("NlcgUpdate: ", role, "[", index, "] must have shape ", shape.DebugString(),
+                   ", has ", var->tensor()->shape().DebugString());
   }
   return absl::OkStatus();
 }
@@ -153,8 +151,7 @@ absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
   const auto values = tensor.vec<double>();
   const int64_t size = values.size();
   const auto wrong = [&](int64_t expected) {
-    return Invalid("NlcgUpdate: settings must have ", expected, " elements, has ",
-                                   size);
+    return Invalid("NlcgUpdate: settings must have ", expected, " elements, has ", size);
   };
   constexpr int kOwn = 4;
   if (size < kOwn || (s->line_search == nlcg::kNoLineSearch && size != kOwn)) return wrong(kOwn);
@@ -320,10 +317,10 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES(ctx, r_ <= 1, Invalid("NlcgUpdate: at most one trust_ratios, got ", r_));
     OP_REQUIRES(ctx, c_ == nlcg::KeepsSums(settings_),
                 Invalid("NlcgUpdate: curvature_sums must be one variable with BFGS and without "
-                        "nesterov, otherwise none, got ", c_));
+                        "nesterov, otherwise none, got ",
+                        c_));
     OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n_,
-                Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n_,
-                                        " weights"));
+                Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n_, " weights"));
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -342,21 +339,22 @@ class NlcgUpdateOp : public OpKernel {
     for (int input : {learning_rate, loss}) {
       OP_REQUIRES(ctx, TensorShapeUtils::IsScalar(ctx->input(input).shape()),
                   Invalid("NlcgUpdate: learning_rate and loss must be scalars, got ",
-                                          ctx->input(input).shape().DebugString()));
+                          ctx->input(input).shape().DebugString()));
     }
     for (int input : {settings_input, decays}) {
       OP_REQUIRES(ctx, TensorShapeUtils::IsVector(ctx->input(input).shape()),
                   Invalid("NlcgUpdate: settings and weight_decays must be vectors, "
-                                          "got ", ctx->input(input).shape().DebugString()));
+                          "got ",
+                          ctx->input(input).shape().DebugString()));
     }
     OP_REQUIRES_OK(ctx, ParseSettings<T>(ctx->input(settings_input), &settings));
     OP_REQUIRES(ctx, (settings.lars_coefficient > 0) == (r_ == 1),
                 Invalid("NlcgUpdate: a LARS coefficient needs trust_ratios, and "
-                                        "the other way round"));
+                        "the other way round"));
     const auto weight_decays = ctx->input(decays).vec<double>();
-    OP_REQUIRES(ctx, weight_decays.size() == n_,
-                Invalid("NlcgUpdate: ", weight_decays.size(),
-                                        " weight_decays for ", n_, " weights"));
+    OP_REQUIRES(
+        ctx, weight_decays.size() == n_,
+        Invalid("NlcgUpdate: ", weight_decays.size(), " weight_decays for ", n_, " weights"));
 
     const Tensor& slot_handles = ctx->input(slots_input);
     OP_REQUIRES(ctx, slot_handles.dims() == 1 && slot_handles.NumElements() == slots,
@@ -385,17 +383,17 @@ class NlcgUpdateOp : public OpKernel {
     const DataType dtype = DataTypeToEnum<T>::value;
     for (int i = 0; i < reals_at; ++i) {
       const int position = i % n_;
-      const char* const role = i < directions                          ? "weights"
-                               : i < previous                          ? "directions"
-                               : i < diagonals                         ? "previous_gradients"
-                                                                       : "diagonals";
+      const char* const role = i < directions  ? "weights"
+                               : i < previous  ? "directions"
+                               : i < diagonals ? "previous_gradients"
+                                               : "diagonals";
       OP_REQUIRES_OK(ctx, CheckVariable(vars[i], dtype, ctx->input(gradients + position).shape(),
                                         role, position));
     }
     OP_REQUIRES_OK(ctx, CheckVariable(vars[reals_at], dtype,
                                       TensorShape({nlcg::RealCount(settings)}), "reals", 0));
-    OP_REQUIRES_OK(ctx, CheckVariable(vars[counts_at], DT_INT64, TensorShape({nlcg::kCounts}),
-                                      "counts", 0));
+    OP_REQUIRES_OK(
+        ctx, CheckVariable(vars[counts_at], DT_INT64, TensorShape({nlcg::kCounts}), "counts", 0));
     for (int i = ratios_at; i < variable_count; ++i) {
       const bool is_ratios = i < sums_at;
       const char* const role = is_ratios ? "trust_ratios" : "curvature_sums";
@@ -444,11 +442,10 @@ class NlcgUpdateOp : public OpKernel {
       v.size = ctx->input(gradients + i).NumElements();
       v.weight_decay = weight_decays(i);
     }
-    const bool applied = Device::Update(ctx, settings, variables,
-                                        ctx->input(learning_rate).flat<T>().data(),
-                                        ctx->input(loss).flat<T>().data(),
-                                        data(reals_at),
-                                        vars[counts_at]->tensor()->flat<int64_t>().data());
+    const bool applied =
+        Device::Update(ctx, settings, variables, ctx->input(learning_rate).flat<T>().data(),
+                       ctx->input(loss).flat<T>().data(), data(reals_at),
+                       vars[counts_at]->tensor()->flat<int64_t>().data());
     for (int i = 0; applied && i < n_; ++i) {
       if (adopted[i] != nullptr) *vars[previous + i]->tensor() = std::move(*adopted[i]);
     }
@@ -508,7 +505,7 @@ class NlcgUpdateOp : public OpKernel {
   std::shared_ptr<Slots> slots_;
 };
 
-#define NLCG_REGISTER_CPU(T)                                                     \
+#define NLCG_REGISTER_CPU(T)                                                            \
   REGISTER_KERNEL_BUILDER(Name("NlcgUpdate").Device(DEVICE_CPU).TypeConstraint<T>("T"), \
                           NlcgUpdateOp<CpuDevice<T>, T>)
 NLCG_REGISTER_CPU(float);
@@ -516,18 +513,18 @@ NLCG_REGISTER_CPU(double);
 #undef NLCG_REGISTER_CPU
 
 #if NLCG_CUDA
-#define NLCG_REGISTER_GPU(T)                              \
-  REGISTER_KERNEL_BUILDER(Name("NlcgUpdate")              \
-                              .Device(DEVICE_GPU)         \
-                              .HostMemory("weights")      \
-                              .HostMemory("slots")        \
-                              .HostMemory("reals")        \
-                              .HostMemory("counts")       \
-                              .HostMemory("trust_ratios") \
+#define NLCG_REGISTER_GPU(T)                                \
+  REGISTER_KERNEL_BUILDER(Name("NlcgUpdate")                \
+                              .Device(DEVICE_GPU)           \
+                              .HostMemory("weights")        \
+                              .HostMemory("slots")          \
+                              .HostMemory("reals")          \
+                              .HostMemory("counts")         \
+                              .HostMemory("trust_ratios")   \
                               .HostMemory("curvature_sums") \
-                              .HostMemory("settings")     \
-                              .HostMemory("weight_decays") \
-                              .TypeConstraint<T>("T"),    \
+                              .HostMemory("settings")       \
+                              .HostMemory("weight_decays")  \
+                              .TypeConstraint<T>("T"),      \
                           NlcgUpdateOp<GpuDevice<T>, T>)
 NLCG_REGISTER_GPU(float);
 NLCG_REGISTER_GPU(double);

@@ -16,14 +16,16 @@ void OnThreads(int64_t size, int threads, const std::function<void(int, int64_t,
 
 }  // namespace
 
-extern "C" void triad(float* a, const float* b, const float* c, float s, int64_t size, int threads) {
+extern "C" void triad(float* a, const float* b, const float* c, float s, int64_t size,
+                      int threads) {
   OnThreads(size, threads, [=](int, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) a[i] = b[i] + s * c[i];
   });
 }
 
 // The maximum of all elements, which the compiler can neither drop nor may not vectorise.
-extern "C" float read_all(const float* a, const float* b, const float* c, int64_t size, int threads) {
+extern "C" float read_all(const float* a, const float* b, const float* c, int64_t size,
+                          int threads) {
   std::vector<float> found(threads);
   OnThreads(size, threads, [=, &found](int t, int64_t begin, int64_t end) {
     float most = 0;

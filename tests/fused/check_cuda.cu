@@ -11,8 +11,8 @@ namespace {
 template <typename T>
 const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, T** h,
                    T** g_prev, T** g, T* ratios, T* sums, const int64_t* sizes,
-                   const double* weight_decays,
-                   const T* learning_rate, const T* loss, T* reals, int64_t* counts) {
+                   const double* weight_decays, const T* learning_rate, const T* loss, T* reals,
+                   int64_t* counts) {
   std::vector<nlcg::Variable<T>> variables(count);
   for (int i = 0; i < count; ++i) {
     variables[i] = {w[i],
@@ -34,8 +34,8 @@ const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w,
     if (cudaMalloc(&scratch, bytes) != cudaSuccess) return "out of memory";
     cudaMemset(scratch, 0xFF, bytes);
   }
-  const char* error = nlcg::UpdateOnGpu(*settings, variables, learning_rate, loss, reals, counts,
-                                        scratch, nullptr);
+  const char* error =
+      nlcg::UpdateOnGpu(*settings, variables, learning_rate, loss, reals, counts, scratch, nullptr);
   if (fresh) {
     cudaFree(scratch);  // waits
   } else if (scratch != shared) {
@@ -51,14 +51,13 @@ const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w,
 // For the caller, who describes the settings once more.
 extern "C" int nlcg_settings_bytes() { return sizeof(nlcg::Settings); }
 
-#define NLCG_EXPORT(T, name)                                                                    \
+#define NLCG_EXPORT(T, name)                                                                       \
   extern "C" const char* name(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, \
-                              T** h, T** g_prev, T** g, T* ratios, T* sums,                     \
-                              const int64_t* sizes, const double* weight_decays,                \
-                              const T* learning_rate, const T* loss, T* reals,                  \
-                              int64_t* counts) {                                                \
-    return Update<T>(settings, fresh, count, w, d, h, g_prev, g, ratios, sums, sizes,           \
-                     weight_decays, learning_rate, loss, reals, counts);                        \
+                              T** h, T** g_prev, T** g, T* ratios, T* sums, const int64_t* sizes,  \
+                              const double* weight_decays, const T* learning_rate, const T* loss,  \
+                              T* reals, int64_t* counts) {                                         \
+    return Update<T>(settings, fresh, count, w, d, h, g_prev, g, ratios, sums, sizes,              \
+                     weight_decays, learning_rate, loss, reals, counts);                           \
   }
 NLCG_EXPORT(float, nlcg_update_float32)
 NLCG_EXPORT(double, nlcg_update_float64)

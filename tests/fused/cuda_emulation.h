@@ -168,9 +168,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 
-inline cudaError_t cudaGetLastError() {
-  return std::exchange(emulation::last_error, cudaSuccess);
-}
+inline cudaError_t cudaGetLastError() { return std::exchange(emulation::last_error, cudaSuccess); }
 
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration"; }
 

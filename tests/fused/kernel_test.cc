@@ -16,12 +16,12 @@
 
 using nlcg::Settings;
 
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);      \
-      std::exit(1);                                                             \
-    }                                                                           \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (0)
 
 // Starting a thread under ThreadSanitizer takes milliseconds, and one update shows a race as well as
@@ -100,7 +100,8 @@ struct Buffers {
 template <typename T>
 void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
   const double eps = s.epsilon;
-  const bool first = b->counts[0] == 0, bfgs = nlcg::UsesBfgs(s), rms = s.preconditioner == nlcg::kRms;
+  const bool first = b->counts[0] == 0, bfgs = nlcg::UsesBfgs(s),
+             rms = s.preconditioner == nlcg::kRms;
   const bool scaled = s.preconditioner == nlcg::kNormalizedBfgs || rms;
   const double scale_prev = scaled ? b->reals[nlcg::kMean] : 1, beta_prev = b->reals[nlcg::kBeta];
   const double cap_prev = b->reals[nlcg::kCap];
@@ -214,7 +215,8 @@ void Reference(const Settings& s, Buffers<T>* b, double rate, double loss) {
       ww += double(b->w[v][i]) * b->w[v][i];
     }
     if (s.lars_coefficient > 0) {
-      b->ratios[v] = ww > 0 ? T(s.lars_coefficient * std::sqrt(ww) / (std::sqrt(norm) + eps)) : T(1);
+      b->ratios[v] =
+          ww > 0 ? T(s.lars_coefficient * std::sqrt(ww) / (std::sqrt(norm) + eps)) : T(1);
     }
     for (size_t i = b->offset; i < b->w[v].size(); ++i) {
       const double w = b->w[v][i], decay = v % 2 ? 0.01 : 0.0;
@@ -269,8 +271,9 @@ void Run(const Settings& settings, const std::vector<int64_t>& sizes, int offset
       }
       if (i < 0) continue;
       b.reals[nlcg::kScale] = settings.line_search ? b.reals[nlcg::kScale] : T(1);
-      const bool done = nlcg::UpdateOnCpu<T>(settings, b.Variables(settings, adopt), T(rate), T(loss),
-                                             b.reals.data(), b.counts.data(), Threads(threads[i]));
+      const bool done =
+          nlcg::UpdateOnCpu<T>(settings, b.Variables(settings, adopt), T(rate), T(loss),
+                               b.reals.data(), b.counts.data(), Threads(threads[i]));
       CHECK(done);
       for (size_t v = 0; adopt && nlcg::KeepsGradient(settings) && v < sizes.size(); ++v) {
         std::copy(b.g[v].begin() + offset, b.g[v].end(), b.g_prev[v].begin() + offset);
@@ -402,8 +405,8 @@ void RunLarge() {
       }
       small.g[0][i] = g.Last()[i] = small.w[0][i] * (1 + i % 3) + 0.1f * float(Random());
     }
-    const nlcg::Variable<float> v = {w.p,   d.p, h.p,     g_prev.p,         g_prev.p,
-                                     g.p,   nullptr, sums, LongArray::kSize, 0.0};
+    const nlcg::Variable<float> v = {w.p, d.p,     h.p,  g_prev.p,         g_prev.p,
+                                     g.p, nullptr, sums, LongArray::kSize, 0.0};
     CHECK(nlcg::UpdateOnCpu<float>(settings, {v}, 0.05f, 1, reals, counts, Threads(2)));
     CHECK(nlcg::UpdateOnCpu<float>(settings, small.Variables(settings, false), 0.05f, 1,
                                    small.reals.data(), small.counts.data(), Threads(2)));
