@@ -1,26 +1,22 @@
-// The TensorFlow op: registration, validation, locking. The arithmetic is in the functors.
+// The TensorFlow op: registration, and around an update the look-up and locking of the variables.
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "nlcg_update.h"
+#include "nlcg_update_devices.h"
+#include "nlcg_update_inputs.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "tensorflow/core/platform/denormal.h"
-#include "tensorflow/core/util/work_sharder.h"
-#if NLCG_CUDA
-#include "nlcg_update_cuda.h"
-#endif
 
 namespace tensorflow {
+namespace nlcg_op {
 
 using shape_inference::InferenceContext;
 using shape_inference::ShapeHandle;
@@ -120,89 +116,6 @@ REGISTER_KERNEL_BUILDER(
     NlcgPackHandlesOp);
 #endif
 
-template <typename... Parts>
-absl::Status Invalid(const Parts&... parts) {
-  return absl::InvalidArgumentError(absl::StrCat(parts...));
-}
-
-using VarPtr = core::RefCountPtr<Var>;
-
-absl::Status CheckVariable(Var* var, DataType dtype, const TensorShape& shape, const char* role,
-                           int index) {
-  // The tensor of a variable that was never assigned has no buffer.
-  if (!var->is_initialized || !var->tensor()->IsInitialized()) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("NlcgUpdate: ", role, "[", index, "] is not initialized"));
-  }
-  if (var->tensor()->dtype() != dtype) {
-    return Invalid("NlcgUpdate: ", role, "[", index, "] must have type ", DataTypeString(dtype),
-                   ", has ", DataTypeString(var->tensor()->dtype()));
-  }
-  if (!var->tensor()->shape().IsSameSize(shape)) {
-    return Invalid("NlcgUpdate: ", role, "[", index, "] must have shape ", shape.DebugString(),
-                   ", has ", var->tensor()->shape().DebugString());
-  }
-  return absl::OkStatus();
-}
-
-// Reads the vector of settings; optimizer settings come first, the line search's follow.
-template <typename T>
-absl::Status ParseSettings(const Tensor& tensor, nlcg::Settings* s) {
-  const auto values = tensor.vec<double>();
-  const int64_t size = values.size();
-  const auto wrong = [&](int64_t expected) {
-    return Invalid("NlcgUpdate: settings must have ", expected, " elements, has ", size);
-  };
-  constexpr int kOwn = 4;
-  if (size < kOwn || (s->line_search == nlcg::kNoLineSearch && size != kOwn)) return wrong(kOwn);
-  s->epsilon = values(0);
-  s->lars_coefficient = values(1);
-  s->momentum = values(2);
-  s->decay = values(3);
-  const auto search = [&](int64_t i) { return values(kOwn + i); };
-  if (s->line_search == nlcg::kOnline) {
-    if (size != kOwn + 5) return wrong(kOwn + 5);
-    s->increase_factor = search(0);
-    s->minimum_scale = search(1);
-    s->decrease_threshold = search(2);
-    s->increase_threshold = search(3);
-    s->decrease_factor = search(4);
-  } else if (s->line_search == nlcg::kStep) {
-    if (size < kOwn + 4 || size % 2 != 0) return wrong(kOwn + 18);
-    if (size > kOwn + 4 + 2 * nlcg::kMaxLimits) return Invalid("NlcgUpdate: too many limits");
-    s->increase_factor = search(0);
-    s->minimum_scale = search(1);
-    s->smoothing = search(3);
-    if (!(search(2) >= 1 && search(2) <= 1e9)) {
-      return Invalid("NlcgUpdate: the period must lie in [1, 1e9], is ", search(2));
-    }
-    s->period = static_cast<int>(search(2));
-    s->limit_count = static_cast<int>((size - kOwn - 4) / 2);
-    for (int i = 0; i < s->limit_count; ++i) {
-      s->limits[i] = search(4 + i);
-      s->factors[i] = search(4 + s->limit_count + i);
-    }
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    if (!nlcg::Finite(values(i))) {
-      return Invalid("NlcgUpdate: settings[", i, "] is not finite");
-    }
-  }
-  if (!(s->epsilon >= std::numeric_limits<T>::min() && s->epsilon < 1e30)) {
-    return Invalid("NlcgUpdate: epsilon must be a normal positive number, is ", s->epsilon);
-  }
-  if (!(s->lars_coefficient >= 0)) {
-    return Invalid("NlcgUpdate: lars_coefficient must not be negative, is ", s->lars_coefficient);
-  }
-  if (!(s->momentum >= 0 && s->momentum < 1)) {
-    return Invalid("NlcgUpdate: momentum must lie in [0, 1), is ", s->momentum);
-  }
-  if (!(s->decay > 0 && s->decay <= 1)) {
-    return Invalid("NlcgUpdate: decay must lie in (0, 1], is ", s->decay);
-  }
-  return absl::OkStatus();
-}
-
 // The mutexes of all variables, taken in the order of their addresses.
 class Locks {
  public:
@@ -226,78 +139,17 @@ class Locks {
   bool held_ = false;
 };
 
-template <typename T>
-struct CpuDevice {
-  static absl::Status Copy(OpKernelContext*, void* to, const void* from, size_t bytes) {
-    std::memcpy(to, from, bytes);
-    return absl::OkStatus();
-  }
-  // Returns whether the update was done, which the CPU knows and a GPU does not without waiting.
-  static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
-                     const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
-                     const T* loss, T* reals, int64_t* counts) {
-    auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
-    int64_t size = 0;
-    for (const nlcg::Variable<T>& v : variables) size += v.size;
-    const auto parallel_for = [workers, size](int64_t count,
-                                              const std::function<void(int64_t, int64_t)>& work) {
-      // A quarter of a cycle an element: below about a million elements, as in ResNet-32, waking
-      // another thread takes longer than the sweep. Longer sweeps are bound by memory anyway.
-      const int64_t cycles_per_chunk = count == 0 ? 1 : size / 4 / count + 1;
-      Shard(workers->num_threads, workers->workers, count, cycles_per_chunk,
-            [&work](int64_t begin, int64_t end) {
-              // TensorFlow's threads flush denormals, the caller's may not: all must do alike.
-              port::ScopedFlushDenormal flush;
-              work(begin, end);
-            });
-    };
-    return nlcg::UpdateOnCpu<T>(settings, variables, *learning_rate, *loss, reals, counts,
-                                parallel_for);
-  }
-  static constexpr bool kKnowsOutcome = true;
-};
-
-#if NLCG_CUDA
-absl::Status GpuStatus(const char* error) {
-  return error == nullptr ? absl::OkStatus()
-                          : absl::InternalError(absl::StrCat("NlcgUpdate: ", error));
-}
-
-template <typename T>
-struct GpuDevice {
-  static void* Stream(OpKernelContext* ctx) {
-    return ctx->eigen_device<Eigen::GpuDevice>().stream();
-  }
-  static absl::Status Copy(OpKernelContext* ctx, void* to, const void* from, size_t bytes) {
-    return GpuStatus(nlcg::CopyOnGpu(to, from, bytes, Stream(ctx)));
-  }
-  static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
-                     const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
-                     const T* loss, T* reals, int64_t* counts) {
-    Tensor scratch;
-    const int64_t bytes = nlcg::GpuScratchBytes(variables);
-    absl::Status status = ctx->allocate_temp(DT_INT8, TensorShape({bytes}), &scratch);
-    if (status.ok()) {
-      status = GpuStatus(nlcg::UpdateOnGpu(settings, variables, learning_rate, loss, reals, counts,
-                                           scratch.data(), Stream(ctx)));
-    }
-    if (!status.ok()) ctx->SetStatus(status);
-    return false;
-  }
-  static constexpr bool kKnowsOutcome = false;
-};
-#endif
-
 template <typename Device, typename T>
 class NlcgUpdateOp : public OpKernel {
  public:
   explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
+    int n, r, c;
     std::string preconditioner, rule, line_search;
     settings_ = {};
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("preconditioner", &preconditioner));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r_));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("c", &c_));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("c", &c));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("nesterov", &settings_.nesterov));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("keep_slots", &keep_slots_));
@@ -313,172 +165,126 @@ class NlcgUpdateOp : public OpKernel {
     settings_.line_search = line_search == "online" ? nlcg::kOnline
                             : line_search == "step" ? nlcg::kStep
                                                     : nlcg::kNoLineSearch;
-    OP_REQUIRES(ctx, n_ >= 1, Invalid("NlcgUpdate: there is no variable"));
-    OP_REQUIRES(ctx, r_ <= 1, Invalid("NlcgUpdate: at most one trust_ratios, got ", r_));
-    OP_REQUIRES(ctx, c_ == nlcg::KeepsSums(settings_),
+    OP_REQUIRES(ctx, n >= 1, Invalid("NlcgUpdate: there is no variable"));
+    OP_REQUIRES(ctx, r <= 1, Invalid("NlcgUpdate: at most one trust_ratios, got ", r));
+    OP_REQUIRES(ctx, c == nlcg::KeepsSums(settings_),
                 Invalid("NlcgUpdate: curvature_sums must be one variable with BFGS and without "
                         "nesterov, otherwise none, got ",
-                        c_));
-    OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n_,
-                Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n_, " weights"));
+                        c));
+    OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n,
+                Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n, " weights"));
+    layout_ = Layout(settings_, n, r == 1, c == 1);
   }
 
   void Compute(OpKernelContext* ctx) override {
-    // The order of the inputs, and that of the variables behind them.
-    const int singles = 2 + r_ + c_;  // variables that there are once, not for each of the weights
-    const int slots_input = n_, gradients = n_ + 1 + singles, learning_rate = gradients + n_;
-    const int loss = learning_rate + 1, settings_input = loss + 1, decays = settings_input + 1;
-    const bool keeps_gradient = nlcg::KeepsGradient(settings_);
-    const bool has_diagonal = settings_.preconditioner != nlcg::kIdentity;
-    const int slots = (1 + keeps_gradient + has_diagonal) * n_;
-    const int directions = n_, previous = 2 * n_, diagonals = (2 + keeps_gradient) * n_;
-    const int reals_at = n_ + slots, counts_at = reals_at + 1, ratios_at = counts_at + 1;
-    const int sums_at = ratios_at + r_, variable_count = n_ + slots + singles;
-
     nlcg::Settings settings = settings_;
-    for (int input : {learning_rate, loss}) {
-      OP_REQUIRES(ctx, TensorShapeUtils::IsScalar(ctx->input(input).shape()),
-                  Invalid("NlcgUpdate: learning_rate and loss must be scalars, got ",
-                          ctx->input(input).shape().DebugString()));
-    }
-    for (int input : {settings_input, decays}) {
-      OP_REQUIRES(ctx, TensorShapeUtils::IsVector(ctx->input(input).shape()),
-                  Invalid("NlcgUpdate: settings and weight_decays must be vectors, "
-                          "got ",
-                          ctx->input(input).shape().DebugString()));
-    }
-    OP_REQUIRES_OK(ctx, ParseSettings<T>(ctx->input(settings_input), &settings));
-    OP_REQUIRES(ctx, (settings.lars_coefficient > 0) == (r_ == 1),
-                Invalid("NlcgUpdate: a LARS coefficient needs trust_ratios, and "
-                        "the other way round"));
-    const auto weight_decays = ctx->input(decays).vec<double>();
-    OP_REQUIRES(
-        ctx, weight_decays.size() == n_,
-        Invalid("NlcgUpdate: ", weight_decays.size(), " weight_decays for ", n_, " weights"));
-
-    const Tensor& slot_handles = ctx->input(slots_input);
-    OP_REQUIRES(ctx, slot_handles.dims() == 1 && slot_handles.NumElements() == slots,
-                Invalid("NlcgUpdate: slots must hold ", slots, " handles for ", n_,
-                        " weights, has shape ", slot_handles.shape().DebugString()));
-    std::vector<VarPtr> owned(n_ + singles);
-    std::vector<Var*> vars(variable_count);
-    for (int i = 0; i < n_ + singles; ++i) {
-      // The caller is not trusted: a handle may be empty, deleted or of another type.
-      const Tensor& handle = ctx->input(i < n_ ? i : i + 1);
-      OP_REQUIRES(ctx, handle.NumElements() == 1,
-                  Invalid("NlcgUpdate: each of weights, reals, counts, trust_ratios and "
-                          "curvature_sums must be the handle of one variable, got shape ",
-                          handle.shape().DebugString()));
-      OP_REQUIRES_OK(ctx, LookupResource(ctx, handle.flat<ResourceHandle>()(0), &owned[i]));
-      vars[i < n_ ? i : i + slots] = owned[i].get();
-    }
-    const std::shared_ptr<Slots> slot_vars = GetSlots(ctx, slot_handles);
-    if (slot_vars == nullptr) return;
-    for (int i = 0; i < slots; ++i) vars[n_ + i] = slot_vars->vars[i].get();
+    OP_REQUIRES_OK(ctx, ReadInputs<T>(ctx, layout_, &settings));
+    Variables found;
+    OP_REQUIRES_OK(ctx, LookUpVariables(ctx, &found));
+    const std::vector<Var*>& vars = found.all;
     Locks locks(vars);
     OP_REQUIRES(ctx, !locks.HasDuplicates(),
                 Invalid("NlcgUpdate: the same variable was given twice"));
     locks.Acquire();
-
-    const DataType dtype = DataTypeToEnum<T>::value;
-    for (int i = 0; i < reals_at; ++i) {
-      const int position = i % n_;
-      const char* const role = i < directions  ? "weights"
-                               : i < previous  ? "directions"
-                               : i < diagonals ? "previous_gradients"
-                                               : "diagonals";
-      OP_REQUIRES_OK(ctx, CheckVariable(vars[i], dtype, ctx->input(gradients + position).shape(),
-                                        role, position));
-    }
-    OP_REQUIRES_OK(ctx, CheckVariable(vars[reals_at], dtype,
-                                      TensorShape({nlcg::RealCount(settings)}), "reals", 0));
-    OP_REQUIRES_OK(
-        ctx, CheckVariable(vars[counts_at], DT_INT64, TensorShape({nlcg::kCounts}), "counts", 0));
-    for (int i = ratios_at; i < variable_count; ++i) {
-      const bool is_ratios = i < sums_at;
-      const char* const role = is_ratios ? "trust_ratios" : "curvature_sums";
-      OP_REQUIRES(ctx, vars[i]->is_initialized && vars[i]->tensor()->dims() == (is_ratios ? 1 : 2),
-                  Invalid("NlcgUpdate: ", role, " must be a ", is_ratios ? "vector" : "matrix"));
-      const int64_t size = vars[i]->tensor()->dim_size(0);
-      const TensorShape shape = is_ratios ? TensorShape({size}) : TensorShape({size, 4});
-      OP_REQUIRES_OK(ctx, CheckVariable(vars[i], dtype, shape, role, 0));
-      std::vector<bool> taken(size, false);
-      for (const int64_t position : positions_) {
-        OP_REQUIRES(ctx, position >= 0 && position < size && !taken[position],
-                    Invalid("NlcgUpdate: position ", position, " of ", role,
-                            " is out of range or given twice, size is ", size));
-        taken[position] = true;
-      }
-    }
-
-    // A gradient that nobody else holds becomes the next previous gradient without being copied.
-    std::vector<std::unique_ptr<Tensor>> adopted(n_);
-    for (int i = 0; Device::kKnowsOutcome && keeps_gradient && i < n_; ++i) {
-      adopted[i] = ctx->forward_input(gradients + i, OpKernelContext::Params::kNoReservation, dtype,
-                                      ctx->input(gradients + i).shape(), DEVICE_MEMORY,
-                                      AllocatorAttributes());
-    }
-
-    // All memory is there before anything is written: an update is done as a whole or not at all.
-    std::vector<std::pair<Var*, Tensor>> copies;
-    for (int i = 0; i < variable_count; ++i) {
-      if (i >= previous && i < diagonals && adopted[i - previous] != nullptr) continue;
-      OP_REQUIRES_OK(ctx, CopyIfShared(ctx, vars[i], &copies));
-    }
-    for (auto& copy : copies) *copy.first->tensor() = std::move(copy.second);
-
-    const auto data = [&vars](int i) { return vars[i]->tensor()->template flat<T>().data(); };
-    std::vector<nlcg::Variable<T>> variables(n_);
-    for (int i = 0; i < n_; ++i) {
-      nlcg::Variable<T>& v = variables[i];
-      v.w = data(i);
-      v.d = data(directions + i);
-      v.h = has_diagonal ? data(diagonals + i) : nullptr;
-      v.g_prev = keeps_gradient ? data(previous + i) : nullptr;
-      v.g_prev_out = keeps_gradient && adopted[i] == nullptr ? data(previous + i) : nullptr;
-      v.g = ctx->input(gradients + i).flat<T>().data();
-      v.trust_ratio = r_ == 1 ? data(ratios_at) + positions_[i] : nullptr;
-      v.curvature_sums = c_ == 1 ? data(sums_at) + 4 * positions_[i] : nullptr;
-      v.size = ctx->input(gradients + i).NumElements();
-      v.weight_decay = weight_decays(i);
-    }
-    const bool applied =
-        Device::Update(ctx, settings, variables, ctx->input(learning_rate).flat<T>().data(),
-                       ctx->input(loss).flat<T>().data(), data(reals_at),
-                       vars[counts_at]->tensor()->flat<int64_t>().data());
-    for (int i = 0; applied && i < n_; ++i) {
-      if (adopted[i] != nullptr) *vars[previous + i]->tensor() = std::move(*adopted[i]);
-    }
+    OP_REQUIRES_OK(ctx, CheckVariables<T>(ctx, layout_, settings, positions_, vars));
+    Adopted adopted = AdoptGradients(ctx);
+    OP_REQUIRES_OK(ctx, CopyShared(ctx, vars, adopted));
+    const bool applied = Device::Update(
+        ctx, settings, KernelVariables(ctx, vars, adopted),
+        Scalar(ctx, layout_.input.learning_rate), Scalar(ctx, layout_.input.loss),
+        Data<T>(vars[layout_.variable.reals]), Data<int64_t>(vars[layout_.variable.counts]));
+    if (applied) KeepAdopted(vars, &adopted);
   }
 
  private:
+  using VarPtr = core::RefCountPtr<Var>;
+
   // The variables behind a tensor of handles, which is held so that its address means this tensor.
   struct Slots {
     Tensor handles;
     std::vector<VarPtr> vars;
   };
 
+  // What is held of the variables, and all of them in the order of the layout.
+  struct Variables {
+    std::vector<VarPtr> owned;
+    std::shared_ptr<Slots> slots;
+    std::vector<Var*> all;
+  };
+
+  // For each of the weights the gradient that becomes its next previous gradient without being
+  // copied, for nobody else holds it; otherwise null.
+  using Adopted = std::vector<std::unique_ptr<Tensor>>;
+
+  absl::Status LookUpVariables(OpKernelContext* ctx, Variables* found) {
+    const int n = layout_.n, slots = layout_.slots;
+    found->owned.resize(n + layout_.singles);
+    found->all.resize(layout_.variable.end);
+    for (int i = 0; i < n + layout_.singles; ++i) {
+      // The caller is not trusted: a handle may be empty, deleted or of another type.
+      const Tensor& handle = ctx->input(i < n ? i : i + 1);
+      if (handle.NumElements() != 1) {
+        return Invalid(
+            "NlcgUpdate: each of weights, reals, counts, trust_ratios and curvature_sums must be "
+            "the handle of one variable, got shape ",
+            handle.shape().DebugString());
+      }
+      TF_RETURN_IF_ERROR(LookupResource(ctx, handle.flat<ResourceHandle>()(0), &found->owned[i]));
+      found->all[i < n ? i : i + slots] = found->owned[i].get();
+    }
+    TF_RETURN_IF_ERROR(LookUpSlots(ctx, ctx->input(layout_.input.slots), &found->slots));
+    for (int i = 0; i < slots; ++i) found->all[n + i] = found->slots->vars[i].get();
+    return absl::OkStatus();
+  }
+
   // Looks the slots up, unless they are those of the last call: hundreds of look-ups take longer than
-  // the arithmetic of a small model. Returns null after a failure.
-  std::shared_ptr<Slots> GetSlots(OpKernelContext* ctx, const Tensor& handles) {
+  // the arithmetic of a small model.
+  absl::Status LookUpSlots(OpKernelContext* ctx, const Tensor& handles,
+                           std::shared_ptr<Slots>* slots) {
     mutex_lock lock(mu_);
-    if (slots_ != nullptr && slots_->handles.data() == handles.data()) return slots_;
+    if (slots_ != nullptr && slots_->handles.data() == handles.data()) {
+      *slots = slots_;
+      return absl::OkStatus();
+    }
     auto found = std::make_shared<Slots>();
     found->handles = handles;
     found->vars.resize(handles.NumElements());
     // A name may come to mean another variable; a counted reference may not.
     bool stable = true;
     for (int64_t i = 0; i < handles.NumElements(); ++i) {
-      const absl::Status status =
-          LookupResource(ctx, handles.flat<ResourceHandle>()(i), &found->vars[i]);
-      if (!status.ok()) {
-        ctx->CtxFailure(status);
-        return nullptr;
-      }
-      stable &= handles.flat<ResourceHandle>()(i).IsRefCounting();
+      const ResourceHandle& handle = handles.flat<ResourceHandle>()(i);
+      TF_RETURN_IF_ERROR(LookupResource(ctx, handle, &found->vars[i]));
+      stable &= handle.IsRefCounting();
     }
     if (keep_slots_ && stable) slots_ = found;
-    return found;
+    *slots = std::move(found);
+    return absl::OkStatus();
+  }
+
+  Adopted AdoptGradients(OpKernelContext* ctx) const {
+    Adopted adopted(layout_.n);
+    if (!Device::kKnowsOutcome || !layout_.keeps_gradient) return adopted;
+    for (int i = 0; i < layout_.n; ++i) {
+      const int gradient = layout_.input.gradients + i;
+      adopted[i] = ctx->forward_input(gradient, OpKernelContext::Params::kNoReservation,
+                                      DataTypeToEnum<T>::value, ctx->input(gradient).shape(),
+                                      DEVICE_MEMORY, AllocatorAttributes());
+    }
+    return adopted;
+  }
+
+  // Gives each variable that will be written a buffer of its own. All memory is there before anything
+  // is written: an update is done as a whole or not at all.
+  absl::Status CopyShared(OpKernelContext* ctx, const std::vector<Var*>& vars,
+                          const Adopted& adopted) const {
+    const int previous = layout_.variable.previous, diagonals = layout_.variable.diagonals;
+    std::vector<std::pair<Var*, Tensor>> copies;
+    for (int i = 0; i < layout_.variable.end; ++i) {
+      if (i >= previous && i < diagonals && adopted[i - previous] != nullptr) continue;
+      TF_RETURN_IF_ERROR(CopyIfShared(ctx, vars[i], &copies));
+    }
+    for (auto& copy : copies) *copy.first->tensor() = std::move(copy.second);
+    return absl::OkStatus();
   }
 
   // TensorFlow's rule for updating a variable in place: a buffer that a read still holds is copied.
@@ -497,7 +303,47 @@ class NlcgUpdateOp : public OpKernel {
     return absl::OkStatus();
   }
 
-  int n_, r_, c_;
+  static const T* Scalar(OpKernelContext* ctx, int input) {
+    return ctx->input(input).flat<T>().data();
+  }
+
+  template <typename Element>
+  static Element* Data(Var* var) {
+    return var->tensor()->template flat<Element>().data();
+  }
+
+  std::vector<nlcg::Variable<T>> KernelVariables(OpKernelContext* ctx,
+                                                 const std::vector<Var*>& vars,
+                                                 const Adopted& adopted) const {
+    const auto& at = layout_.variable;
+    const auto weight_decays = ctx->input(layout_.input.weight_decays).vec<double>();
+    std::vector<nlcg::Variable<T>> variables(layout_.n);
+    for (int i = 0; i < layout_.n; ++i) {
+      const Tensor& gradient = ctx->input(layout_.input.gradients + i);
+      T* const previous = layout_.keeps_gradient ? Data<T>(vars[at.previous + i]) : nullptr;
+      nlcg::Variable<T>& v = variables[i];
+      v.w = Data<T>(vars[i]);
+      v.d = Data<T>(vars[at.directions + i]);
+      v.h = layout_.has_diagonal ? Data<T>(vars[at.diagonals + i]) : nullptr;
+      v.g_prev = previous;
+      v.g_prev_out = adopted[i] == nullptr ? previous : nullptr;
+      v.g = gradient.flat<T>().data();
+      v.trust_ratio = layout_.has_ratios ? Data<T>(vars[at.ratios]) + positions_[i] : nullptr;
+      v.curvature_sums = layout_.has_sums ? Data<T>(vars[at.sums]) + 4 * positions_[i] : nullptr;
+      v.size = gradient.NumElements();
+      v.weight_decay = weight_decays(i);
+    }
+    return variables;
+  }
+
+  void KeepAdopted(const std::vector<Var*>& vars, Adopted* adopted) const {
+    for (int i = 0; i < layout_.n; ++i) {
+      if ((*adopted)[i] == nullptr) continue;
+      *vars[layout_.variable.previous + i]->tensor() = std::move(*(*adopted)[i]);
+    }
+  }
+
+  Layout layout_;
   bool keep_slots_;
   std::vector<int64_t> positions_;
   nlcg::Settings settings_;
@@ -532,4 +378,5 @@ NLCG_REGISTER_GPU(double);
 #endif
 
 }  // namespace
+}  // namespace nlcg_op
 }  // namespace tensorflow

@@ -1,4 +1,4 @@
-// A C interface to the CUDA kernels for check_cuda_kernels.py: no TensorFlow, only nvcc.
+// A C interface to the CUDA kernels for check_cuda.py: no TensorFlow, only nvcc.
 
 #include <cuda_runtime.h>
 

@@ -1,5 +1,5 @@
 // Stands in for <cuda_runtime.h>, so that g++ builds the CUDA kernels for the CPU: to find mistakes in
-// their logic where there is no GPU. scripts/check_cuda_kernels.py rewrites their launches.
+// their logic where there is no GPU. cuda_problem.py rewrites their launches.
 //
 // The threads of a block are fibers: one runs at a time, from barrier to barrier. Their order is drawn
 // anew for each stretch, that of the blocks for each launch: where a barrier is missing, or the result

@@ -1,4 +1,4 @@
-// The CPU kernel without TensorFlow, against a plain double-precision loop; for scripts/sanitize.sh.
+// The CPU kernel without TensorFlow, against a plain double-precision loop; for sanitize.sh.
 
 #include <sys/mman.h>
 #include <unistd.h>

@@ -1,0 +1,226 @@
+// What a caller of the op passes: where it stands, and what it must be. The caller is not trusted.
+
+#ifndef NLCG_TF_FUSED_NLCG_UPDATE_INPUTS_H_
+#define NLCG_TF_FUSED_NLCG_UPDATE_INPUTS_H_
+
+#include <limits>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "nlcg_update.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_var.h"
+
+namespace tensorflow {
+namespace nlcg_op {
+
+// The order of the inputs, and that of the variables behind their handles.
+struct Layout {
+  int n;        // weights; as many of each kind of slot
+  int slots;    // of all kinds
+  int singles;  // variables that there are once, not for each of the weights
+  bool keeps_gradient, has_diagonal, has_ratios, has_sums;
+  struct {
+    int slots, gradients, learning_rate, loss, settings, weight_decays;
+  } input;
+  struct {
+    int directions, previous, diagonals, reals, counts, ratios, sums, end;
+  } variable;  // the weights are the first
+
+  Layout() = default;
+  Layout(const nlcg::Settings& settings, int n, bool has_ratios, bool has_sums)
+      : n(n), has_ratios(has_ratios), has_sums(has_sums) {
+    keeps_gradient = nlcg::KeepsGradient(settings);
+    has_diagonal = settings.preconditioner != nlcg::kIdentity;
+    slots = (1 + keeps_gradient + has_diagonal) * n;
+    singles = 2 + has_ratios + has_sums;
+    input.slots = n;
+    input.gradients = n + 1 + singles;
+    input.learning_rate = input.gradients + n;
+    input.loss = input.learning_rate + 1;
+    input.settings = input.loss + 1;
+    input.weight_decays = input.settings + 1;
+    variable.directions = n;
+    variable.previous = 2 * n;
+    variable.diagonals = (2 + keeps_gradient) * n;
+    variable.reals = n + slots;
+    variable.counts = variable.reals + 1;
+    variable.ratios = variable.counts + 1;
+    variable.sums = variable.ratios + has_ratios;
+    variable.end = n + slots + singles;
+  }
+
+  // What to call a variable before `reals`.
+  const char* Role(int i) const {
+    return i < variable.directions  ? "weights"
+           : i < variable.previous  ? "directions"
+           : i < variable.diagonals ? "previous_gradients"
+                                    : "diagonals";
+  }
+};
+
+template <typename... Parts>
+absl::Status Invalid(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(parts...));
+}
+
+// T is the type of the weights.
+template <typename T>
+absl::Status CheckRanges(const nlcg::Settings& s) {
+  if (!(s.epsilon >= std::numeric_limits<T>::min() && s.epsilon < 1e30)) {
+    return Invalid("NlcgUpdate: epsilon must be a normal positive number, is ", s.epsilon);
+  }
+  if (!(s.lars_coefficient >= 0)) {
+    return Invalid("NlcgUpdate: lars_coefficient must not be negative, is ", s.lars_coefficient);
+  }
+  if (!(s.momentum >= 0 && s.momentum < 1)) {
+    return Invalid("NlcgUpdate: momentum must lie in [0, 1), is ", s.momentum);
+  }
+  if (!(s.decay > 0 && s.decay <= 1)) {
+    return Invalid("NlcgUpdate: decay must lie in (0, 1], is ", s.decay);
+  }
+  return absl::OkStatus();
+}
+
+// Reads the vector of settings; optimizer settings come first, the line search's follow.
+template <typename T>
+absl::Status ReadSettings(const Tensor& tensor, nlcg::Settings* s) {
+  const auto values = tensor.vec<double>();
+  const int64_t size = values.size();
+  const auto wrong = [&](int64_t expected) {
+    return Invalid("NlcgUpdate: settings must have ", expected, " elements, has ", size);
+  };
+  constexpr int kOwn = 4;
+  if (size < kOwn || (s->line_search == nlcg::kNoLineSearch && size != kOwn)) return wrong(kOwn);
+  s->epsilon = values(0);
+  s->lars_coefficient = values(1);
+  s->momentum = values(2);
+  s->decay = values(3);
+  const auto search = [&](int64_t i) { return values(kOwn + i); };
+  if (s->line_search == nlcg::kOnline) {
+    if (size != kOwn + 5) return wrong(kOwn + 5);
+    s->increase_factor = search(0);
+    s->minimum_scale = search(1);
+    s->decrease_threshold = search(2);
+    s->increase_threshold = search(3);
+    s->decrease_factor = search(4);
+  } else if (s->line_search == nlcg::kStep) {
+    if (size < kOwn + 4 || size % 2 != 0) return wrong(kOwn + 18);
+    if (size > kOwn + 4 + 2 * nlcg::kMaxLimits) return Invalid("NlcgUpdate: too many limits");
+    s->increase_factor = search(0);
+    s->minimum_scale = search(1);
+    s->smoothing = search(3);
+    if (!(search(2) >= 1 && search(2) <= 1e9)) {
+      return Invalid("NlcgUpdate: the period must lie in [1, 1e9], is ", search(2));
+    }
+    s->period = static_cast<int>(search(2));
+    s->limit_count = static_cast<int>((size - kOwn - 4) / 2);
+    for (int i = 0; i < s->limit_count; ++i) {
+      s->limits[i] = search(4 + i);
+      s->factors[i] = search(4 + s->limit_count + i);
+    }
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    if (!nlcg::Finite(values(i))) {
+      return Invalid("NlcgUpdate: settings[", i, "] is not finite");
+    }
+  }
+  return CheckRanges<T>(*s);
+}
+
+// Everything but the variables: shapes, and the settings, which are read.
+template <typename T>
+absl::Status ReadInputs(OpKernelContext* ctx, const Layout& layout, nlcg::Settings* settings) {
+  const auto& input = layout.input;
+  for (int i : {input.learning_rate, input.loss}) {
+    if (!TensorShapeUtils::IsScalar(ctx->input(i).shape())) {
+      return Invalid("NlcgUpdate: learning_rate and loss must be scalars, got ",
+                     ctx->input(i).shape().DebugString());
+    }
+  }
+  for (int i : {input.settings, input.weight_decays}) {
+    if (!TensorShapeUtils::IsVector(ctx->input(i).shape())) {
+      return Invalid("NlcgUpdate: settings and weight_decays must be vectors, got ",
+                     ctx->input(i).shape().DebugString());
+    }
+  }
+  TF_RETURN_IF_ERROR(ReadSettings<T>(ctx->input(input.settings), settings));
+  if ((settings->lars_coefficient > 0) != layout.has_ratios) {
+    return Invalid("NlcgUpdate: a LARS coefficient needs trust_ratios, and the other way round");
+  }
+  const int64_t decays = ctx->input(input.weight_decays).NumElements();
+  if (decays != layout.n) {
+    return Invalid("NlcgUpdate: ", decays, " weight_decays for ", layout.n, " weights");
+  }
+  const Tensor& slots = ctx->input(input.slots);
+  if (slots.dims() != 1 || slots.NumElements() != layout.slots) {
+    return Invalid("NlcgUpdate: slots must hold ", layout.slots, " handles for ", layout.n,
+                   " weights, has shape ", slots.shape().DebugString());
+  }
+  return absl::OkStatus();
+}
+
+inline absl::Status CheckVariable(Var* var, DataType dtype, const TensorShape& shape,
+                                  const char* role, int index) {
+  // The tensor of a variable that was never assigned has no buffer.
+  if (!var->is_initialized || !var->tensor()->IsInitialized()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("NlcgUpdate: ", role, "[", index, "] is not initialized"));
+  }
+  if (var->tensor()->dtype() != dtype) {
+    return Invalid("NlcgUpdate: ", role, "[", index, "] must have type ", DataTypeString(dtype),
+                   ", has ", DataTypeString(var->tensor()->dtype()));
+  }
+  if (!var->tensor()->shape().IsSameSize(shape)) {
+    return Invalid("NlcgUpdate: ", role, "[", index, "] must have shape ", shape.DebugString(),
+                   ", has ", var->tensor()->shape().DebugString());
+  }
+  return absl::OkStatus();
+}
+
+// trust_ratios, a vector, or curvature_sums, a matrix: an element or a row for each position.
+inline absl::Status CheckRows(Var* var, DataType dtype, bool is_ratios,
+                              const std::vector<int64_t>& positions) {
+  const char* const role = is_ratios ? "trust_ratios" : "curvature_sums";
+  if (!var->is_initialized || var->tensor()->dims() != (is_ratios ? 1 : 2)) {
+    return Invalid("NlcgUpdate: ", role, " must be a ", is_ratios ? "vector" : "matrix");
+  }
+  const int64_t size = var->tensor()->dim_size(0);
+  const TensorShape shape = is_ratios ? TensorShape({size}) : TensorShape({size, 4});
+  TF_RETURN_IF_ERROR(CheckVariable(var, dtype, shape, role, 0));
+  std::vector<bool> taken(size, false);
+  for (const int64_t position : positions) {
+    if (position < 0 || position >= size || taken[position]) {
+      return Invalid("NlcgUpdate: position ", position, " of ", role,
+                     " is out of range or given twice, size is ", size);
+    }
+    taken[position] = true;
+  }
+  return absl::OkStatus();
+}
+
+// All variables, in the order of the layout; their mutexes are held.
+template <typename T>
+absl::Status CheckVariables(OpKernelContext* ctx, const Layout& layout,
+                            const nlcg::Settings& settings, const std::vector<int64_t>& positions,
+                            const std::vector<Var*>& vars) {
+  const DataType dtype = DataTypeToEnum<T>::value;
+  const auto& at = layout.variable;
+  for (int i = 0; i < at.reals; ++i) {
+    const int position = i % layout.n;
+    const TensorShape& shape = ctx->input(layout.input.gradients + position).shape();
+    TF_RETURN_IF_ERROR(CheckVariable(vars[i], dtype, shape, layout.Role(i), position));
+  }
+  const TensorShape reals({nlcg::RealCount(settings)}), counts({nlcg::kCounts});
+  TF_RETURN_IF_ERROR(CheckVariable(vars[at.reals], dtype, reals, "reals", 0));
+  TF_RETURN_IF_ERROR(CheckVariable(vars[at.counts], DT_INT64, counts, "counts", 0));
+  for (int i = at.ratios; i < at.end; ++i) {
+    TF_RETURN_IF_ERROR(CheckRows(vars[i], dtype, i < at.sums, positions));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace nlcg_op
+}  // namespace tensorflow
+
+#endif  // NLCG_TF_FUSED_NLCG_UPDATE_INPUTS_H_
