@@ -44,6 +44,19 @@ def DistributedOptimizer(
         ValueError: by the first training step, on all workers, if a variable has a gradient on some
             of them only.
     """
+    _check(optimizer, compression)
+    base = _DistributedLossScale if hasattr(optimizer, "inner_optimizer") else _Distributed
+    cls = type(optimizer)
+    # Keras writes `optimizer.__class__` into a saved model: there it must find the plain class.
+    members = {"__class__": property(lambda self: cls), "__doc__": cls.__doc__}
+    optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
+    object.__setattr__(optimizer, "_wire_dtype", COMPRESSIONS[compression])
+    object.__setattr__(optimizer, "_average_with", tuple(average_with))
+    object.__setattr__(optimizer, "_are_compared", False)
+    return optimizer
+
+
+def _check(optimizer, compression):
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             f"`optimizer` must be a Keras 3 optimizer. Received: optimizer={optimizer!r}"
@@ -60,25 +73,14 @@ def DistributedOptimizer(
         raise ValueError(
             f"`compression` must be None, 'fp16' or 'bf16'. Received: compression={compression!r}"
         )
-    base = _Distributed
     inner = getattr(optimizer, "inner_optimizer", None)
-    if inner is not None:
-        base = _DistributedLossScale
-        if isinstance(inner, _Distributed) or inner.gradient_accumulation_steps:
-            raise ValueError(
-                "`optimizer` wraps an optimizer that is distributed already or accumulates "
-                "gradients; workers could disagree on which update to skip. Wrap a "
-                "LossScaleOptimizer around a plain optimizer, without "
-                f"`gradient_accumulation_steps`. Received: inner_optimizer={inner!r}"
-            )
-    cls = type(optimizer)
-    # Keras writes `optimizer.__class__` into a saved model: there it must find the plain class.
-    members = {"__class__": property(lambda self: cls), "__doc__": cls.__doc__}
-    optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
-    object.__setattr__(optimizer, "_wire_dtype", COMPRESSIONS[compression])
-    object.__setattr__(optimizer, "_average_with", tuple(average_with))
-    object.__setattr__(optimizer, "_are_compared", False)
-    return optimizer
+    if inner and (isinstance(inner, _Distributed) or inner.gradient_accumulation_steps):
+        raise ValueError(
+            "`optimizer` wraps an optimizer that is distributed already or accumulates gradients; "
+            "workers could disagree on which update to skip. Wrap a LossScaleOptimizer around a "
+            "plain optimizer, without `gradient_accumulation_steps`. Received: "
+            f"inner_optimizer={inner!r}"
+        )
 
 
 class _Distributed(CountsUpdates):

@@ -195,10 +195,10 @@ def test_a_killed_sweep_ends_with_the_table_of_an_undisturbed_one(tmp_path):
     assert done.returncode == 0 and "2 runs, 1 done before" in done.stdout, done.stderr
     assert "resuming from" in (run_folder / "log.txt").read_text()
 
-    tables = [run_reader.read_runs([folder]) for folder in (killed, undisturbed)]
-    assert list(tables[1]["status"]) == ["finished", "finished"]
+    found = [run_reader.read_runs([folder]) for folder in (killed, undisturbed)]
+    assert list(found[1]["status"]) == ["finished", "finished"]
     same = ["run", "optimizer", *run_reader.SETTINGS, "status", *run_reader.FIGURES[:8]]
     pd.testing.assert_frame_equal(
-        tables[0][same], tables[1][same], check_exact=True, check_dtype=False
+        found[0][same], found[1][same], check_exact=True, check_dtype=False
     )
-    assert tables.table(tables[0]) == tables.table(tables[1])
+    assert tables.table(found[0]) == tables.table(found[1])
