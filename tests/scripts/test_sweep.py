@@ -13,6 +13,7 @@ import time
 import pandas as pd
 import psutil
 
+from scripts.plot import tables
 from scripts.shared import runs as run_reader
 from tests.support.launch import ROOT, environment, records, run, wait_for
 from tests.support.sweeps import DEFINITION, SWEEP, write
