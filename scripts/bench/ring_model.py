@@ -84,40 +84,34 @@ def show_predictions(options, fixed):
 
 
 def plot_predictions(path, options, fixed):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from scripts.shared.style import COLOURS, MARKERS, panels, pyplot
 
     workers = 2 ** np.arange(1, 12)
-    panels = {
+    micro_steps = {
         "4 micro-steps an update": [4 for _ in workers],
         f"batch of {LARGE_BATCH:,}": [needed_micro_steps(w, options) for w in workers],
     }
-    # Okabe and Ito's colours, for colour-blind readers; the markers tell them apart in grey.
-    styles = (("#D55E00", "o"), ("#0072B2", "s"), ("black", "^"), ("#009E73", "D"))
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    for panel, (title, micro_steps) in zip(axes, panels.items()):
-        for gbits, (colour, marker) in zip(options.gbits, styles):
-            for ks, line in ((micro_steps, "-"), ([1 for _ in workers], "--")):
+    figure, columns = panels(2, width=4.7, height=3.4, sharey=True)
+    for (axis,), (title, steps) in zip(columns, micro_steps.items()):
+        for gbits, colour, marker in zip(options.gbits, COLOURS, MARKERS):
+            for ks, line in ((steps, "-"), ([1 for _ in workers], "--")):
                 values = [predict(*x, gbits, "float32", options, fixed) for x in zip(workers, ks)]
                 label = f"{gbits:g} Gbit/s" if line == "-" else None
-                style = {"color": colour, "marker": marker, "markersize": 4, "label": label}
-                panel.plot(workers, 100 * np.array(values), line, **style)
-        panel.set_xscale("log", base=2)
-        panel.set(title=title, xlabel="workers", ylim=(0, 103), xticks=workers[::2])
-        panel.set_xticklabels([f"{w:,}" for w in workers[::2]])
-        panel.grid(alpha=0.3)
-    axes[0].plot([], [], "-", color="grey", label="with virtual batches")
-    axes[0].plot([], [], "--", color="grey", label="without: k = 1")
-    axes[0].set_ylabel("predicted efficiency (%)")
-    axes[0].legend(fontsize=8, loc="lower center", ncols=2)
-    assumed = (
+                look = {"color": colour, "marker": marker, "markersize": 4, "label": label}
+                axis.plot(workers, 100 * np.array(values), line, **look)
+        axis.set_xscale("log", base=2)
+        axis.set(title=title, xlabel="workers", ylim=(0, 103))
+        axis.set_xticks(workers[::2], [f"{w:,}" for w in workers[::2]])
+    first = columns[0][0]
+    first.plot([], [], "-", color="grey", label="with virtual batches")
+    first.plot([], [], "--", color="grey", label="without: k = 1")
+    first.set_ylabel("predicted efficiency (%)")
+    first.legend(loc="lower center", ncols=2)
+    figure.suptitle(
         f"ResNet-50, float32 gradients; assumed: {options.images_per_second:g} images/s a worker, "
-        f"micro-steps of {options.micro_batch} images, {options.hop_microseconds:g} µs a hop"
+        f"micro-steps of {options.micro_batch} images, {options.hop_microseconds:g} µs a hop",
+        fontsize="medium",
     )
-    figure.suptitle(assumed, fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     print(f"drawn in {path}")
