@@ -13,6 +13,7 @@ from trainers.data import memory
 from trainers.engine.run import main
 from trainers.flags import decides, free, weight_decay
 from trainers.models import cifar_resnet
+from trainers.optimizers.choice import cifar_line_search
 from trainers.task import Task
 
 FLAGS = flags.FLAGS
@@ -34,8 +35,6 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(decides("depth"), 32, "Depth of the ResNet, 6n + 2: 8, 20, 32, 56.")
 
-# The paper's runs on CIFAR-100 have no line search below this global batch.
-LINE_SEARCH_FROM = 2048
 TEST_BATCH_SIZE = 500
 
 
@@ -62,7 +61,7 @@ class Cifar(Task):
 
     @property
     def default_line_search(self):
-        return "online" if FLAGS.global_batch_size >= LINE_SEARCH_FROM else "none"
+        return cifar_line_search(FLAGS.global_batch_size)
 
     def check(self):
         cifar_resnet.check_depth(FLAGS.depth)

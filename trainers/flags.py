@@ -9,7 +9,7 @@ import sys
 
 from absl import flags
 
-from trainers.optimizers.choice import OPTIMIZERS, make_optimizer, trained
+from trainers.optimizers.choice import OPTIMIZERS, from_flags, trained
 
 FLAGS = flags.FLAGS
 DECISIVE, FREE = [], []
@@ -161,21 +161,9 @@ def identity():
     return {name: FLAGS[name].value for name in DECISIVE}
 
 
-def optimizer(schedule, default_line_search):
+def optimizer(schedule, paper_line_search):
     """The optimizer that the flags ask for."""
-    line_search = FLAGS.line_search
-    if line_search == "auto":
-        line_search = "none" if FLAGS.update_rule == "blended" else default_line_search
-    return make_optimizer(
-        FLAGS.optimizer,
-        schedule,
-        FLAGS.weight_decay,
-        FLAGS.lars_coefficient,
-        update_rule=FLAGS.update_rule,
-        preconditioner=None if FLAGS.preconditioner == "none" else FLAGS.preconditioner,
-        nesterov=FLAGS.nesterov,
-        line_search=None if line_search == "none" else line_search,
-    )
+    return from_flags(FLAGS.flag_values_dict(), schedule, paper_line_search)
 
 
 def weight_decay():

@@ -1,7 +1,6 @@
 """Which example stands where: the same ones in an update, whatever the number of workers."""
 
 import numpy as np
-import tensorflow as tf
 
 
 def epoch_indices(examples, count, seed, epoch):
@@ -43,6 +42,8 @@ def without_autotuning(dataset):
     The end of an autotuned iterator can wait for its tuner's next period, up to a minute: the tuner
     is told to stop before the flag at which it looks is set (TensorFlow 2.21).
     """
+    import tensorflow as tf  # the order alone is wanted where there is none
+
     options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.with_options(options)

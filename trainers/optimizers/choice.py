@@ -118,6 +118,35 @@ def flags_of(name):
     return {"optimizer": name, **OPTIMIZERS[name].flags}
 
 
+def from_flags(flags, schedule, paper_line_search):
+    """The optimizer that the trainers' flags ask for.
+
+    Args:
+        flags: dict of values of the trainers' flags.
+        schedule: float or `LearningRateSchedule`.
+        paper_line_search: `"online"` or `"none"`, what `--line_search=auto` is with a paper's rule.
+    """
+    line_search = flags["line_search"]
+    if line_search == "auto":
+        line_search = "none" if flags["update_rule"] == "blended" else paper_line_search
+    preconditioner = flags["preconditioner"]
+    return make_optimizer(
+        flags["optimizer"],
+        schedule,
+        flags["weight_decay"],
+        flags["lars_coefficient"],
+        update_rule=flags["update_rule"],
+        preconditioner=None if preconditioner == "none" else preconditioner,
+        nesterov=flags["nesterov"],
+        line_search=None if line_search == "none" else line_search,
+    )
+
+
+def cifar_line_search(global_batch_size):
+    """The paper's runs on CIFAR-100 have a line search from a batch of 2,048 on."""
+    return "online" if global_batch_size >= 2048 else "none"
+
+
 def make_optimizer(name, schedule, weight_decay=0.0, lars_coefficient=None, **nlcg_arguments):
     """Makes an optimizer with the paper's settings.
 

@@ -1,0 +1,243 @@
+"""The trainers' training on one device through JAX: a compiled scan an epoch, data on the device.
+
+Model, schedule, weight decay and optimizers are those of `trainers`, the order of the examples too;
+only the random numbers of the augmentation are JAX's own, drawn by (seed, epoch, index).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from nlcg_tf.schedules import CifarSchedule
+from trainers.data.order import epoch_indices
+from trainers.engine.plan import make_plan
+from trainers.models.cifar_resnet import cifar_resnet
+from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags
+
+AVERAGE_DECAY = 0.9999
+TEST_BATCH_SIZE = 500
+
+
+class Training:
+    """Runs that differ in their seeds alone, side by side where there are several.
+
+    Args:
+        flags: dict of values of the trainers' flags.
+        seeds: list of ints.
+        data: an `ImageFiles`.
+        augment: whether training images are cropped and mirrored at random.
+    """
+
+    def __init__(self, flags, seeds, data, augment=True):
+        self.flags, self.seeds, self.data, self.augment = flags, seeds, data, augment
+        images, labels = (part[: flags["training_examples"]] for part in data.train)
+        batch = flags["global_batch_size"]
+        per_step = min(batch, flags["per_worker_batch_size"] or batch)
+        self.plan = make_plan(len(labels), batch, per_step, 1, flags["epochs"])
+        decays = OPTIMIZERS[flags["optimizer"]].decays
+        depth, shape = flags["depth"], images.shape[1:]
+        self.models = []
+        for seed in seeds:
+            keras.utils.set_random_seed(seed)
+            decay = 0.0 if decays else flags["weight_decay"]
+            self.models.append(cifar_resnet(depth, shape, data.classes, decay))
+        self.model = self.models[0]
+        self.schedule = CifarSchedule(
+            batch, flags["epochs"], self.plan.updates_per_epoch, flags["learning_rate_factor"]
+        )
+        self.optimizer = from_flags(flags, self.schedule, cifar_line_search(batch))
+        self.optimizer.build(self.model.trainable_variables)
+        self.images, self.labels = jnp.asarray(images), jnp.asarray(labels)
+        self.test_images, self.test_labels = map(jnp.asarray, data.test)
+        alone = len(seeds) == 1
+        self._epoch = jax.jit(self._train_epoch if alone else jax.vmap(self._train_epoch))
+        self._test = jax.jit(self._evaluate if alone else jax.vmap(self._evaluate))
+
+    def initial_state(self):
+        """The state of all runs before the first update: a dict of lists of arrays."""
+        states = []
+        for model in self.models:
+            weights = [jnp.asarray(v.value) for v in model.trainable_variables]
+            states.append(
+                {
+                    "weights": weights,
+                    "statistics": [jnp.asarray(v.value) for v in model.non_trainable_variables],
+                    "optimizer": [jnp.asarray(v.value) for v in self.optimizer.variables],
+                    "averages": weights,
+                    "updates": jnp.zeros((), jnp.int32),
+                }
+            )
+        if len(states) == 1:
+            return states[0]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *states)
+
+    def train_epoch(self, state, epoch):
+        """Trains all runs for an epoch.
+
+        Returns:
+            `(state, log)`: the log a list with a dict of arrays for each run: "loss" and
+            "learning_rate" of each update, "reals" and "counts" of NLCG, and the sums of losses and
+            of correct answers, "sums".
+        """
+        count = self.plan.updates_per_epoch * self.plan.global_batch_size
+        shape = (self.plan.updates_per_epoch, self.plan.micro_steps, -1)
+        orders, keys = [], []
+        for seed in self.seeds:
+            orders.append(epoch_indices(len(self.labels), count, seed, epoch).reshape(shape))
+            keys.append(jax.random.fold_in(jax.random.key(seed), epoch))
+        if len(self.seeds) == 1:
+            state, log = self._epoch(state, jnp.asarray(orders[0]), keys[0])
+            return state, [jax.device_get(log)]
+        state, log = self._epoch(state, jnp.asarray(np.stack(orders)), jnp.stack(keys))
+        log = jax.device_get(log)
+        return state, [jax.tree.map(lambda x, i=i: x[i], log) for i in range(len(self.seeds))]
+
+    def evaluate(self, state):
+        """Loss and accuracies on the test images, also of the averaged weights, of each run."""
+        figures = np.asarray(self._test(state)).reshape(len(self.seeds), 2, 3)
+        names = ("test_loss", "top1", "top5"), (None, "averaged_top1", "averaged_top5")
+        return [
+            {
+                name: float(value)
+                for row, kinds in zip(run, names)
+                for name, value in zip(kinds, row)
+                if name
+            }
+            for run in figures
+        ]
+
+    def _train_epoch(self, state, order, key):
+        places = jnp.arange(math.prod(order.shape)).reshape(order.shape)
+        update = functools.partial(self._update, key)
+        return jax.lax.scan(update, state, (order, places))
+
+    def _update(self, key, state, examples):
+        """One update over all micro-batches of a virtual batch."""
+        micro_steps = self.plan.micro_steps
+        zeros = [jnp.zeros_like(w) for w in state["weights"]]
+
+        def micro_step(carry, part):
+            statistics, sums, total, correct, whole = carry
+            images, labels = self._batch(key, *part)
+            gradient = jax.value_and_grad(self._loss, has_aux=True)
+            (loss, (statistics, hits)), grads = gradient(
+                state["weights"], statistics, images, labels
+            )
+            sums = [a + b for a, b in zip(sums, grads)]
+            return (
+                statistics,
+                sums,
+                total + loss,
+                correct + hits,
+                whole + loss * len(labels),
+            ), None
+
+        start = (state["statistics"], zeros, 0.0, 0.0, 0.0)
+        (statistics, sums, total, correct, whole), _ = jax.lax.scan(micro_step, start, examples)
+        loss = total / micro_steps
+        rate = self.schedule(state["updates"])
+        if hasattr(self.optimizer, "observe_loss"):
+            self.optimizer.observe_loss(loss)
+        weights, optimizer = self.optimizer.stateless_apply(
+            state["optimizer"], [g / micro_steps for g in sums], state["weights"]
+        )
+        n = state["updates"].astype(jnp.float32)
+        decay = jnp.minimum(AVERAGE_DECAY, (1 + n) / (10 + n))
+        averages = [a - (1 - decay) * (a - w) for a, w in zip(state["averages"], weights)]
+        log = {"loss": loss, "learning_rate": rate, "sums": jnp.stack([whole, correct])}
+        for name in ("reals", "counts"):
+            if hasattr(self.optimizer, name):
+                position = _position(self.optimizer.variables, getattr(self.optimizer, name))
+                log[name] = optimizer[position]
+        state = {
+            "weights": weights,
+            "statistics": statistics,
+            "optimizer": optimizer,
+            "averages": averages,
+            "updates": state["updates"] + 1,
+        }
+        return state, log
+
+    def _loss(self, weights, statistics, images, labels):
+        logits, statistics, losses = self.model.stateless_call(
+            weights, statistics, images, training=True, return_losses=True
+        )
+        entropy = _cross_entropy(logits, labels)
+        smoothing = self.flags["label_smoothing"]
+        if smoothing:
+            even = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+            entropy = entropy + smoothing * (even - entropy)
+        hits = jnp.sum(_in_top(logits, labels, 1))
+        return jnp.mean(entropy) + sum(losses), (statistics, hits)
+
+    def _batch(self, key, indices, places):
+        """Images, augmented and standardised, and labels of a micro-batch."""
+        images = self.images[indices]
+        if self.augment:
+            draws = jax.vmap(lambda place: jax.random.bits(jax.random.fold_in(key, place), (3,)))
+            images = self._augment(images, draws(places))
+        return _standardise(images), self.labels[indices]
+
+    def _augment(self, images, draws):
+        pad, (height, width) = self.data.padding, images.shape[1:3]
+        limits = jnp.array([2 * pad + 1, 2 * pad + 1, 2 if self.data.flip else 1], draws.dtype)
+        draws = (draws % limits).astype(jnp.int32)
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+        def crop(image, draw):
+            start = (draw[0], draw[1], 0)
+            part = jax.lax.dynamic_slice(image, start, (height, width, image.shape[-1]))
+            return jnp.where(draw[2] > 0, part[:, ::-1], part)
+
+        return jax.vmap(crop)(padded, draws)
+
+    def _evaluate(self, state):
+        """Loss, top-1 and top-5 with the weights, and with their averages: `(2, 3)`."""
+        count = len(self.test_labels)
+        steps = -(-count // TEST_BATCH_SIZE)
+        indices = jnp.minimum(jnp.arange(steps * TEST_BATCH_SIZE), count - 1)
+        counted = (jnp.arange(steps * TEST_BATCH_SIZE) < count).astype(jnp.float32)
+
+        def step(sums, part):
+            indices, counted = part
+            images, labels = _standardise(self.test_images[indices]), self.test_labels[indices]
+            rows = []
+            for weights in (state["weights"], state["averages"]):
+                logits, _ = self.model.stateless_call(
+                    weights, state["statistics"], images, training=False
+                )
+                parts = [_cross_entropy(logits, labels)]
+                parts += [_in_top(logits, labels, k) for k in (1, 5)]
+                rows.append(jnp.stack([jnp.sum(counted * part) for part in parts]))
+            return sums + jnp.stack(rows), None
+
+        parts = indices.reshape(steps, -1), counted.reshape(steps, -1)
+        sums, _ = jax.lax.scan(step, jnp.zeros((2, 3)), parts)
+        return sums / count
+
+
+def _position(variables, wanted):
+    return next(i for i, variable in enumerate(variables) if variable is wanted)
+
+
+def _cross_entropy(logits, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+
+
+def _in_top(logits, labels, k):
+    """1 where fewer than k logits exceed that of the label, which is how TensorFlow counts."""
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    return (jnp.sum(logits > own, axis=-1) < k).astype(jnp.float32)
+
+
+def _standardise(images):
+    """Mean 0 and deviation 1 of each image, as `tf.image.per_image_standardization`."""
+    images = images.astype(jnp.float32)
+    axes, size = (1, 2, 3), math.prod(images.shape[1:])
+    mean = jnp.mean(images, axes, keepdims=True)
+    deviation = jnp.std(images, axes, keepdims=True)
+    return (images - mean) / jnp.maximum(deviation, 1 / math.sqrt(size))

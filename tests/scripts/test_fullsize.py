@@ -1,0 +1,149 @@
+"""The full-size study through JAX: the TensorFlow trainer's training, and it goes on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.support.launch import ROOT, environment
+from trainers.engine.folder import read_flags, read_json, read_metrics
+
+pytest.importorskip("jax")
+FLAGS = {"dataset": "digits", "depth": 8, "per_worker_batch_size": 32, "log_steps": 1}
+# The trainer itself, on images that are not augmented: where it begins, and 20 updates later.
+TENSORFLOW = """
+import sys
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from trainers import cifar
+from trainers.engine.cluster import OneProcess
+from trainers.engine.plan import make_plan
+from trainers.engine.run import _make_trainer
+
+flags.FLAGS(["x", *sys.argv[2:]])
+tf.config.threading.set_intra_op_parallelism_threads(1)
+task = cifar.Cifar()
+plan = make_plan(task.examples, 64, 32, 1, 1)
+trainer = _make_trainer(task, plan, OneProcess())
+trainer.divide(plan)
+saved = {f"start-{i}": v.numpy() for i, v in enumerate(trainer.model.variables)}
+task.load()
+task.data.padding = 0
+losses, batches = [], iter(task.training_batches(plan, 0, 0, 0, 0))
+for _ in range(20):
+    for _ in range(plan.micro_steps):
+        trainer.micro_step(*next(batches))
+    losses.append(float(trainer.apply(tf.constant(0.0))[0]))
+saved.update({f"end-{i}": v.numpy() for i, v in enumerate(trainer.model.variables)})
+saved.update({f"average-{i}": v.numpy() for i, v in enumerate(trainer.averages)})
+np.savez(sys.argv[1], losses=losses, **saved)
+"""
+JAX = """
+import json, os, sys
+os.environ["KERAS_BACKEND"] = "jax"
+import jax
+import numpy as np
+from scripts.fullsize.data import ImageFiles
+from scripts.fullsize.runs import full_flags
+from scripts.fullsize.training import Training
+
+given = np.load(sys.argv[1])
+flags = full_flags("run", json.loads(sys.argv[3]))
+training = Training(flags, [0], ImageFiles(sys.argv[2], "digits"), augment=False)
+for i, variable in enumerate(training.model.variables):
+    variable.assign(given[f"start-{i}"])
+state, (log,) = training.train_epoch(training.initial_state(), 0)
+for variable, value in zip(training.model.trainable_variables, state["weights"]):
+    variable.assign(value)
+for variable, value in zip(training.model.non_trainable_variables, state["statistics"]):
+    variable.assign(value)
+worst = 0.0
+for i, variable in enumerate(training.model.variables):
+    expected, value = given[f"end-{i}"], np.asarray(variable)
+    worst = max(worst, np.linalg.norm(value - expected) / (np.linalg.norm(expected) + 1e-3))
+for i, average in enumerate(state["averages"]):
+    expected = given[f"average-{i}"]
+    worst = max(worst, np.linalg.norm(average - expected) / (np.linalg.norm(expected) + 1e-3))
+print("worst", worst, np.max(np.abs(log["loss"] / given["losses"] - 1)))
+"""
+
+
+def python(*words, **variables):
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Digits, and two runs: one alone, and one that takes the best factor of those before."""
+    folder = tmp_path_factory.mktemp("data")
+    definition = {
+        "flags": {**FLAGS, "epochs": 3, "global_batch_size": 256, "training_examples": 512},
+        "optimizers": {"NLCG": {"optimizer": "nlcg"}},
+        "grid": [
+            {"learning_rate_factor": 2, "seed": 0},
+            {"learning_rate_factor": "best", "seed": 1},
+        ],
+    }
+    (folder / "runs.yaml").write_text(yaml.safe_dump(definition))
+    export = ["--dataset=digits", f"--config={folder / 'runs.yaml'}"]
+    result = python("-m", "scripts.fullsize", f"--export={folder}", *export)
+    assert result.returncode == 0, result.stderr
+    assert all(os.path.getsize(file) <= 45_000_000 for file in folder.iterdir())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"update_rule": "fletcher_reeves", "preconditioner": "bfgs", "line_search": "online"}],
+    ids=["default", "published"],
+)
+def test_20_updates_equal_those_of_the_tensorflow_trainer(flags, data, tmp_path):
+    saved, flags = tmp_path / "saved.npz", {**FLAGS, **flags, "training_examples": 1280}
+    words = ["--optimizer=nlcg", "--global_batch_size=64", "--epochs=1"]
+    words += [f"--{name}={value}" for name, value in flags.items()]
+    result = python("-c", TENSORFLOW, saved, *words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    flags.update(global_batch_size=64, epochs=1)
+    result = python("-c", JAX, saved, data, json.dumps(flags))
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights, losses = map(float, result.stdout.split()[-2:])
+    assert weights < 1e-3 and losses < 1e-3
+
+
+def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
+    command = ["-m", "scripts.fullsize", f"--data={data}", f"--config={data / 'runs.json'}"]
+    command.append(f"--folder={tmp_path}")
+    codes = []
+    for _ in range(6):  # an epoch a call, and the last one of the first run with the second's first
+        codes.append(python(*command, "--minutes=0.0001").returncode)
+    assert codes[:2] == [75, 75] and codes[-1] == 0, codes
+    first, second = (tmp_path / "runs" / f"NLCG-256-e3-f{f}" for f in ("2-s0", "best-s1"))
+    for folder in (first, second):
+        records = read_metrics(folder)
+        assert [r["update"] for r in records if r["type"] == "step"] == [1, 2, 3, 4, 5, 6]
+        assert [r["epoch"] for r in records if r["type"] == "epoch"] == [1, 2, 3]
+        assert "kappa" in records[-1] and read_json(folder / "summary.json")["updates"] == 6
+    assert read_flags(second)["learning_rate_factor"] == 2
+    whole = tmp_path / "whole"
+    assert python(*command[:-1], f"--folder={whole}").returncode == 0
+    same = [
+        [r["loss"] for r in read_metrics(folder) if r["type"] == "step"]
+        for folder in (first, whole / "runs" / first.name)
+    ]
+    np.testing.assert_array_equal(*same)
+
+
+def test_what_cannot_be_run_is_an_error(tmp_path):
+    definition = {"flags": FLAGS, "optimizers": {"A": {"optimizer": "adam", "compression": "fp16"}}}
+    (tmp_path / "runs.yaml").write_text(yaml.safe_dump(definition))
+    command = ["-m", "scripts.fullsize", f"--config={tmp_path / 'runs.yaml'}"]
+    result = python(*command, f"--data={tmp_path}", f"--folder={tmp_path / 'a'}")
+    assert result.returncode == 2 and "--compression=fp16 is not for one device" in result.stderr
