@@ -5,15 +5,16 @@ One flagfile for each point of the paper's figures.
 
 import pathlib
 
+from trainers.optimizers.choice import flags_of
+
 MARK = "# Written by configs/generate.py."
 FOLDER = pathlib.Path(__file__).parent
-NLCG = ["--optimizer=nlcg", "--preconditioner=bfgs", "--nonesterov"]
 OPTIMIZERS = {
-    "nlcg_fr": ("NLCG, Fletcher-Reeves", [*NLCG, "--update_rule=fletcher_reeves"]),
-    "nlcg_pr": ("NLCG, Polak-Ribiere", [*NLCG, "--update_rule=polak_ribiere"]),
-    "momentum": ("Momentum 0.9", ["--optimizer=momentum"]),
-    "rmsprop": ("RMSProp, decay 0.9, momentum 0.9, epsilon 1.0", ["--optimizer=rmsprop"]),
-    "sgd": ("SGD", ["--optimizer=sgd"]),
+    "nlcg_fr": "NLCG, Fletcher-Reeves",
+    "nlcg_pr": "NLCG, Polak-Ribiere",
+    "momentum": "Momentum 0.9",
+    "rmsprop": "RMSProp, decay 0.9, momentum 0.9, epsilon 1.0",
+    "sgd": "SGD",
 }
 
 # The paper trains 90 epochs at every batch size, and longer at the two largest.
@@ -40,9 +41,17 @@ CIFAR_EXPECTED = {
 CIFAR_MICRO_BATCH = 1024
 
 
+def flag_lines(optimizer):
+    """The flags of an optimizer, each as a line of a flagfile."""
+    return [
+        f"--no{name}" if value is False else f"--{name}={value}"
+        for name, value in flags_of(optimizer).items()
+    ]
+
+
 def imagenet(name, optimizer, batch, epochs):
     """The text of one flagfile for ImageNet."""
-    title, flags = OPTIMIZERS[optimizer]
+    title, flags = OPTIMIZERS[optimizer], flag_lines(optimizer)
     per_worker = min(IMAGENET_MICRO_BATCH, batch // IMAGENET_GPUS)
     expected = IMAGENET_EXPECTED.get((optimizer, batch, epochs), "see the paper's figures.")
     return f"""\
@@ -68,7 +77,7 @@ def imagenet(name, optimizer, batch, epochs):
 
 def cifar100(name, optimizer, batch, epochs):
     """The text of one flagfile for CIFAR-100."""
-    title, flags = OPTIMIZERS[optimizer]
+    title, flags = OPTIMIZERS[optimizer], flag_lines(optimizer)
     expected = "see the paper's figures."
     if epochs == 200 and optimizer in CIFAR_EXPECTED:
         expected = f"{CIFAR_EXPECTED[optimizer][batch]} % top-1, says the authors' table."

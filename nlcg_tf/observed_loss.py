@@ -13,7 +13,7 @@ NO_LOSS = -np.inf
 
 
 class ObservesLoss(keras.optimizers.Optimizer):
-    """Mixin: each update has its loss in `update_loss`."""
+    """Mixin of `NLCG`, which has `_add_state`: each update has its loss in `update_loss`."""
 
     def _watch_loss(self, uses_loss):
         """To be called in `__init__`; `uses_loss`: whether updates need a loss."""
@@ -27,15 +27,6 @@ class ObservesLoss(keras.optimizers.Optimizer):
                 self.update_loss = self._add_state("update_loss", 0.0, keras.config.floatx())
         self._pending_loss = None
         self._loss_is_known = self._loss_comes_from_graph = False
-
-    def _add_state(self, name, values, dtype):
-        return self.add_variable(
-            np.shape(values),
-            initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
-            dtype=dtype,
-            aggregation="only_first_replica",
-            name=name,
-        )
 
     def observe_loss(self, loss: Any) -> None:
         """Tells the optimizer the loss of the coming update.

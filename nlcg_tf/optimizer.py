@@ -160,10 +160,24 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             )
         # Scalars lie together in two vectors: one to read, and one kernel to write, not a dozen.
         state = self.line_search.initial_state() if self.line_search else {}
+        if taken := set(REALS) & set(state):
+            raise ValueError(
+                f"`line_search` has a state of the optimizer's own name: {', '.join(taken)}. "
+                f"Received: line_search={self.line_search!r}"
+            )
         self.real_names = [*REALS, *state]
         values = [*[0.0] * len(REALS), *state.values()]
         self.reals = self._add_state("reals", values, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
+
+    def _add_state(self, name, values, dtype):
+        return self.add_variable(
+            np.shape(values),
+            initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
+            dtype=dtype,
+            aggregation="only_first_replica",
+            name=name,
+        )
 
     def _apply_weight_decay(self, variables):
         """Left to the update, so that a skipped update leaves the weights alone."""

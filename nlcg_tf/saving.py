@@ -8,7 +8,7 @@ import numpy as np
 
 
 class KnowsItsLayout(keras.optimizers.Optimizer):
-    """Mixin: a state of other settings is refused by name.
+    """Mixin of `NLCG`, whose settings it reads: a state of others is refused by name.
 
     Keras restores by position, and only warns where the numbers of variables differ.
     """

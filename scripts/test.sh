@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, after the set-up and ruff. Arguments go to pytest.
+# The tests, after the set-up, ruff and mypy. Arguments go to pytest.
 #
 #   scripts/test.sh                  scripts/test.sh -k optimizer
 set -euo pipefail

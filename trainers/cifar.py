@@ -11,7 +11,7 @@ from absl import flags
 import nlcg_tf
 from trainers.data import memory
 from trainers.engine.run import main
-from trainers.flags import decides, free, weight_decay
+from trainers.flags import decides, free, is_among, weight_decay
 from trainers.models import cifar_resnet
 from trainers.optimizers.choice import cifar_line_search
 from trainers.task import Task
@@ -21,11 +21,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string(
     decides("dataset"), "digits", f"Images to train on: {', '.join(memory.DATA_SETS)}."
 )
-flags.register_validator(
-    "dataset",
-    lambda name: name in memory.DATA_SETS,
-    f"must be one of {', '.join(memory.DATA_SETS)}",
-)
+flags.register_validator("dataset", lambda name: is_among(name, memory.DATA_SETS))
 flags.DEFINE_bool(free("download"), False, "Let TensorFlow Datasets download what is missing.")
 flags.DEFINE_integer(
     decides("training_examples"),
@@ -65,9 +61,10 @@ class Cifar(Task):
 
     def check(self):
         cifar_resnet.check_depth(FLAGS.depth)
-        if not self.data_set.has_folder and (FLAGS.data_dir or FLAGS.download):
+        package = self.data_set.comes_with
+        if package and (FLAGS.data_dir or FLAGS.download):
             raise ValueError(
-                f"--dataset={FLAGS.dataset} comes with a package: no --data_dir, --download"
+                f"--dataset={FLAGS.dataset} comes with {package}: no --data_dir, --download"
             )
         there_are = self.data_set.training_examples
         if self.examples > there_are:

@@ -70,9 +70,10 @@ def parse(argv):
 
 
 def _saved_flags(place):
-    saved = folder.read_flags(place)
-    if saved is None or not set(folder.DESCRIBED[:2]) <= set(saved):
-        raise SystemExit(f"error: {place / folder.FLAGS} is not of a run")
+    saved = folder.read_flags(place) or {}
+    if missing := {"trainer", "classes"} - set(saved):
+        what = f"it has no flag {', '.join(sorted(missing))}"
+        raise SystemExit(f"error: {place / folder.FLAGS} is not of a run: {what}")
     return saved
 
 

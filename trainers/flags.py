@@ -12,7 +12,9 @@ from absl import flags
 from trainers.optimizers.choice import OPTIMIZERS, from_flags, trained
 
 FLAGS = flags.FLAGS
-DECISIVE, FREE = [], []
+DECISIVE = []
+# Of these two, which one program has each, older run folders do not say that they are free.
+FREE = ["download", "max_corrupt_examples"]
 
 
 def decides(name):
@@ -23,7 +25,8 @@ def decides(name):
 
 def free(name):
     """Notes that the flag may change between two parts of a run."""
-    FREE.append(name)
+    if name not in FREE:
+        FREE.append(name)
     return name
 
 
@@ -136,16 +139,21 @@ for _name in ("weight_decay", "learning_rate_factor", "lars_coefficient", "label
     )
 
 
-def _is_preconditioner(name):
+def _check_preconditioner(name):
     from nlcg_tf import preconditioner  # not needed by those who read the flags' names alone
 
-    return name == "none" or name in preconditioner.NAMES
+    return is_among(name, [*preconditioner.NAMES, "none"])
 
 
-flags.register_validator("preconditioner", _is_preconditioner, "must be a name or none")
-flags.register_validator(
-    "optimizer", lambda name: name in trained(), f"must be one of {', '.join(trained())}"
-)
+def is_among(value, choices):
+    """Whether a flag's value is one of a table that may grow; otherwise absl's own message."""
+    if value not in choices:
+        raise flags.ValidationError(f"should be one of <{'|'.join(choices)}>")
+    return True
+
+
+flags.register_validator("preconditioner", _check_preconditioner)
+flags.register_validator("optimizer", lambda name: is_among(name, trained()))
 
 
 def own_flags():

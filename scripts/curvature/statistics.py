@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 
-# In the order of tables and legends.
-OPTIMIZERS = ("nlcg", "nlcg_rms", "nlcg_noprec", "nlcg_fr", "nlcg_fr_noprec", "nlcg_pr")
-OPTIMIZERS += ("nlcg_pr_noprec", "momentum", "nesterov", "adam", "lbfgs")
+from trainers.optimizers.choice import OPTIMIZERS
+
 POINTS = 50  # of a curve, besides the one before the first update
 SEARCH_SEEDS = (0, 1)
 TOLERANCE = 1.1  # final losses up to this times the best count as good

@@ -28,8 +28,9 @@ import sys
 
 import tqdm
 
-from scripts.curvature.statistics import OPTIMIZERS, POINTS, SEARCH_SEEDS, best_rate
+from scripts.curvature.statistics import POINTS, SEARCH_SEEDS, best_rate
 from scripts.shared.timing import machine
+from trainers.optimizers.choice import OPTIMIZERS
 
 # Gradient evaluations of a run: the budget.
 UPDATES = {
@@ -41,8 +42,10 @@ UPDATES = {
     "adding": 5000,
 }
 FULL_BATCH = ("autoencoder", "poisson", "burgers")
+STUDIED = ["nlcg", "nlcg_rms", "nlcg_noprec", "nlcg_fr", "nlcg_fr_noprec", "nlcg_pr"]
+STUDIED += ["nlcg_pr_noprec", "momentum", "nesterov", "adam", "lbfgs"]
 # The middle of the grid of learning rates, in half decades: 10^(middle / 2).
-MIDDLES = {"adam": -5, "nlcg_fr": -2, "nlcg_pr": -2}
+MIDDLES = {"adam": -5, "adamw": -5, "lamb": -5, "nlcg_fr": -2, "nlcg_pr": -2}
 MIDDLE_WITHOUT_PRECONDITIONER = -3
 
 
@@ -180,7 +183,7 @@ def parsed_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", default="runs/curvature", help="for all that is written")
     parser.add_argument("--problems", nargs="+", choices=UPDATES, default=list(UPDATES))
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=STUDIED)
     parser.add_argument("--jobs", type=int, default=2, help="worker processes, one thread each")
     parser.add_argument("--rates", type=int, default=7, help="learning rates of the search")
     parser.add_argument("--seeds", type=int, default=5, help="with the best of them")
@@ -218,6 +221,8 @@ class Study:
 
     def add(self, record):
         """Notes a finished run, unless it is none of those asked for."""
+        # Older records have hyphens: nlcg-fr.
+        record["optimizer"] = record["optimizer"].replace("-", "_")
         pair = record["problem"], record["optimizer"]
         if pair in self.known and record["updates"] == self.updates[pair[0]]:
             self.known[pair][record["rate"], record["seed"]] = record

@@ -8,8 +8,8 @@
     launcher: [scripts/launch_horovodrun.sh, -n, 2, --]        # words before the command, or none
     flags: {dataset: cifar100, depth: 8, epochs: 10}           # of all runs
     optimizers:                                        # names for the plots, with their flags
-      NLCG-FR: {optimizer: nlcg, update_rule: fletcher_reeves}
-      Momentum: {optimizer: momentum}
+      NLCG-FR: nlcg_fr                                 # of the table of optimizers
+      Momentum: {optimizer: momentum}                  # or any flags
     grid:                                              # each block: every combination
       - {global_batch_size: [128, 512], seed: [0, 1, 2]}
       - {global_batch_size: [128, 512], learning_rate_factor: [0.25, 4], seed: 0}

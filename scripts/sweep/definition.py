@@ -86,7 +86,7 @@ def expand(definition, extra=None):
         raise ValueError(f"launcher must be a list of words. Received: {launcher!r}")
     shared = {**_flags("flags", definition.get("flags", {})), **(extra or {})}
     optimizers = _mapping("optimizers", definition.get("optimizers"))
-    optimizers = {str(k): _flags(f"optimizers: {k}", v) for k, v in optimizers.items()}
+    optimizers = {str(k): _chosen(f"optimizers: {k}", v) for k, v in optimizers.items()}
     grid = definition.get("grid", [{}])
     if not optimizers or not isinstance(grid, list) or not grid:
         key = "grid" if optimizers else "optimizers"
@@ -120,6 +120,16 @@ def expand(definition, extra=None):
                     "flags": flags,
                 }
     return runs
+
+
+def _chosen(where, value):
+    """The flags of an optimizer: those given, or those of a name in the table."""
+    if isinstance(value, str):
+        if value not in OPTIMIZERS:
+            names = ", ".join(OPTIMIZERS)
+            raise ValueError(f"{where} must be flags, or one of {names}. Received: {value!r}")
+        return flags_of(value)
+    return _flags(where, value)
 
 
 def load(folder):

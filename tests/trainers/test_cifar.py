@@ -40,7 +40,7 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path):
         "--global_batch_size=100 is no": ["--global_batch_size=100", "--per_worker_batch_size=64"],
         "depth=10": ["--depth=10"],
         "--training_examples=1438 is more than the 1437": ["--training_examples=1438"],
-        "--dataset=digits comes with": ["--dataset=digits", "--data_dir=x"],
+        "--dataset=digits comes with scikit-learn": ["--dataset=digits", "--data_dir=x"],
         "cifar100 is not prepared": ["--dataset=cifar100", "--data_dir=/nowhere"],
         "/dev/null/run": ["--output_dir=/dev/null/run"],
         "flag --checkpoint_steps=0": ["--checkpoint_steps=0"],

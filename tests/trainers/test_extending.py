@@ -38,7 +38,7 @@ def make(schedule, *unused, **settings):
     return nlcg_tf.NLCG(schedule, preconditioner=settings["preconditioner"])
 
 choice.OPTIMIZERS["mine"] = choice.Choice("Mine", choice.GREEN, ":", "o", make=make)
-memory.DATA_SETS["still"] = memory.DataSet(1437, 10, (8, 8, 1), load, has_folder=False)
+memory.DATA_SETS["still"] = memory.DataSet(1437, 10, (8, 8, 1), load, comes_with="scikit-learn")
 NAMES["doubled"] = Doubled
 flags.DEFINE_float(decides("sharpness"), 1.0, "A flag of one's own.")
 

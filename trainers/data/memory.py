@@ -103,14 +103,14 @@ class DataSet:
         training_examples, classes: ints.
         image_shape: `(height, width, channels)`.
         load: function of `(data_dir, download)` to an `ImageData`.
-        has_folder: whether it lies in a folder, and can be downloaded.
+        comes_with: the package that it comes with; `None`: it lies in a folder, to be downloaded.
     """
 
     training_examples: int
     classes: int
     image_shape: tuple
     load: Callable
-    has_folder: bool = True
+    comes_with: str | None = None
 
 
 def _cifar(classes):
@@ -120,7 +120,7 @@ def _cifar(classes):
 
 # To add one, add a line.
 DATA_SETS = {
-    "digits": DataSet(1437, 10, (8, 8, 1), _digits, has_folder=False),
+    "digits": DataSet(1437, 10, (8, 8, 1), _digits, comes_with="scikit-learn"),
     "cifar10": _cifar(10),
     "cifar100": _cifar(100),
 }

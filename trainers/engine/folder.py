@@ -11,6 +11,7 @@ import math
 import pathlib
 import platform
 import subprocess
+import tempfile
 
 FLAGS, METRICS, SUMMARY = "flags.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, BOARD = "checkpoints", "tensorboard"
@@ -111,8 +112,11 @@ def read_metrics(folder):
 
 def write(path, text):
     """Writes a file so that a kill leaves the old one or the new one, never a half."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
+    # A name of its own: two programs may write the same table.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".partial") as file:
+        file.write(text)
+    partial = pathlib.Path(file.name)
+    partial.chmod(0o644)
     partial.replace(path)
 
 

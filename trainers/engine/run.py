@@ -144,10 +144,10 @@ def _train(state, task, trainer, cluster):
     def training_batches(epoch, first):
         return task.training_batches(plan, rank, FLAGS.seed, epoch, first)
 
-    test_batches = task.test_batches(rank, cluster.size())
     try:
         # Horovod: name workers that keep the others waiting
         with cluster.Watch() as watch:
+            test_batches = task.test_batches(rank, cluster.size())
             loop = Loop(
                 trainer=trainer,
                 examples=Examples(training_batches, test_batches, task.skipped),
@@ -223,7 +223,9 @@ def _restore(checkpoints, identity, state, say):
     path, meta = checkpoints.newest(say)
     if path is None:
         return
-    before = meta.get("identity", {})
+    # A flag that is newer than the run had its default then.
+    defaults = {name: FLAGS[name].default for name in identity if name in FLAGS}
+    before = {**defaults, **meta.get("identity", {})}
     changed = [name for name, value in identity.items() if before.get(name) != value]
     if changed:
         raise ValueError(
