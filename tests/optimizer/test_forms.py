@@ -43,6 +43,19 @@ def test_a_slot_with_a_name_of_the_optimizer_is_refused():
         paper_nlcg(preconditioner=preconditioner).build([keras.Variable([1.0])])
 
 
+def test_a_line_search_with_a_state_of_the_optimizers_name_is_refused():
+    class Fixed:
+        def initial_state(self):
+            return {"step_size": 1.0}
+
+        def update(self, state, loss, updates):
+            return state
+
+    optimizer = NLCG(line_search=Fixed())
+    with pytest.raises(ValueError, match="`line_search` has a state.*step_size"):
+        optimizer.build([keras.Variable([1.0])])
+
+
 @pytest.mark.parametrize(
     "rule, preconditioner, slots",
     [

@@ -124,6 +124,7 @@ def test_a_run_that_has_begun_takes_what_the_trainer_takes(tmp_path):
     save(depth=8, evaluation_epochs=5)
     (tmp_path / "runs" / "M-s0").mkdir(parents=True)
     (tmp_path / "runs" / "M-s0" / "flags.json").write_text("{}")
-    save(depth=8, evaluation_epochs=1, commit_steps=3, jit_compile=True)
+    # Run folders of before `free` was among what they hold.
+    save(depth=8, evaluation_epochs=1, commit_steps=3, jit_compile=True, download=True)
     with pytest.raises(ValueError, match="--depth was 8, is 20"):
         save(depth=20, evaluation_epochs=1)

@@ -80,6 +80,13 @@ def test_example_is_short_and_stands_in_a_page(path):
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.name)
+def test_commands_name_files_that_are_there(page):
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", _text(page), re.DOTALL))
+    for word in re.findall(r"(?:scripts|configs|results|docs)/[\w./-]+\.\w+", blocks):
+        assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.name)
 def test_links_lead_to_files_and_headings(page):
     for target in _links(page):
         name, _, anchor = target.partition("#")

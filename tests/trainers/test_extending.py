@@ -8,13 +8,14 @@ import sys
 from tests.support.launch import run
 
 PROGRAM = """
-import pathlib, sys
+import dataclasses, pathlib, sys
 import numpy as np
 import keras
 from absl import flags
 
 import nlcg_tf
-from nlcg_tf.preconditioner import RMS, NAMES
+from nlcg_tf.configurable import Configurable
+from nlcg_tf.preconditioner import NAMES
 from scripts.plot import tables
 from scripts.shared import runs, style
 from scripts.sweep import definition
@@ -27,8 +28,19 @@ from trainers.optimizers import choice
 
 folder = pathlib.Path(sys.argv[1])
 
-class Doubled(RMS):
-    pass
+@keras.saving.register_keras_serializable()
+@dataclasses.dataclass(frozen=True)
+class Doubled(Configurable):
+    uses_steps = False
+
+    def initial_state(self):
+        return {}
+
+    def update(self, state, g, y, s, kappa):
+        return state, True
+
+    def apply(self, state, g, epsilon):
+        return [2 * g_i for g_i in g], 0.5
 
 def load(data_dir, download):
     digits = memory.DATA_SETS["digits"].load(None, False)
@@ -40,6 +52,8 @@ def make(schedule, *unused, **settings):
 choice.OPTIMIZERS["mine"] = choice.Choice("Mine", choice.GREEN, ":", "o", make=make)
 memory.DATA_SETS["still"] = memory.DataSet(1437, 10, (8, 8, 1), load, comes_with="scikit-learn")
 NAMES["doubled"] = Doubled
+loaded = nlcg_tf.NLCG.from_config(nlcg_tf.NLCG(preconditioner="doubled").get_config())
+assert type(loaded.preconditioner) is Doubled
 flags.DEFINE_float(decides("sharpness"), 1.0, "A flag of one's own.")
 
 extra = {"dataset": "still", "depth": 8, "preconditioner": "doubled", "sharpness": 2.0}
