@@ -52,7 +52,7 @@ def test_a_line_search_with_a_state_of_the_optimizers_name_is_refused():
             return state
 
     optimizer = NLCG(line_search=Fixed())
-    with pytest.raises(ValueError, match="`line_search` has a state.*step_size"):
+    with pytest.raises(ValueError, match=r"`line_search` has a state.*step_size"):
         optimizer.build([keras.Variable([1.0])])
 
 
