@@ -24,7 +24,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from scripts.shared.timing import turns
 from tests.fused.cuda_problem import (
     REALS,
     RULES,
@@ -33,6 +32,7 @@ from tests.fused.cuda_problem import (
     build,
 )
 from tests.fused.devices import CuPy, Emulated, Torch
+from tests.fused.times_cuda import show_times
 from tests.support.oracle import Oracle
 
 BOUNDS = {"float32": {"fletcher_reeves": 1e-5, "polak_ribiere": 1e-4, "blended": 1e-5}}
@@ -54,12 +54,6 @@ VARIANTS = [
     Variant("rms", nesterov=True, lars=1.0, decay=0.5),
 ]
 # Rule, variant, transfers of the parameter vector (nlcg_update.h).
-TIMED = [
-    ("fletcher_reeves", Variant(), 14),
-    ("blended", Variant("normalized_bfgs", nesterov=True), 16),
-    ("fletcher_reeves", Variant("rms"), 9),
-    ("blended", Variant("rms", nesterov=True), 12),
-]
 # Sizes, updates, types, variants. More than 46 variables take several launches to fill the kernels'
 # table. The last of each list have more chunks than there are threads to add them up.
 BOTH = ["float32", "float64"]
@@ -173,51 +167,6 @@ def count_launches(device, library, lars):
     before = launches.value
     problem.update()
     return launches.value - before
-
-
-def times(device, library, rule, variant, transfers):
-    """Milliseconds of an update of 100 million floats, and of what it is compared with."""
-    size = 100_000_000
-    problem = Problem(device, library, [size], "float32", rule, variant)
-    problem.set(np.full(size, 0.01), 1e-4, 1.0)
-    target, source = (device.put(np.zeros(size * transfers // 2, np.float32)) for _ in range(2))
-
-    def copy():
-        target[...] = source
-
-    calls = {
-        "NLCG update": lambda: problem.update(fresh=False),
-        "device copy of the same bytes": copy,
-    }
-    if isinstance(device, Torch):
-        parameter = device.torch.nn.Parameter(device.put(np.ones(size, np.float32)))
-        parameter.grad = device.put(np.full(size, 0.01, np.float32))
-        calls["PyTorch fused Adam"] = device.torch.optim.Adam([parameter], fused=True).step
-    found = {name: [] for name in calls}
-    for repeat, name in turns(calls, 23):
-        if name == "NLCG update":
-            # A convex problem: an update whose curvature is rejected does not write h.
-            problem.g[0] *= 0.99
-        start, end = device.event(), device.event()
-        start.record()
-        calls[name]()
-        end.record()
-        end.synchronize()
-        if repeat >= 3:
-            found[name].append(device.elapsed(start, end))
-    assert device.get(problem.counts).tolist() == [23, 0, 0, 1], "not all updates were whole"
-    return size, found
-
-
-def show_times(device, library):
-    for rule, variant, transfers in TIMED:
-        size, found = times(device, library, rule, variant, transfers)
-        moved = transfers * 4 * size
-        print(f"{size:,} floats, {variant.preconditioner}, {rule}, nesterov={variant.nesterov}")
-        for name, milliseconds in found.items():
-            low, median, high = np.percentile(milliseconds, [0, 50, 100])
-            share = f"{moved / median / 1e6:,.0f} GB/s" if "Adam" not in name else ""
-            print(f"  {name:<30} {median:.3f} ms ({low:.3f} to {high:.3f}) {share}")
 
 
 def gpu():
