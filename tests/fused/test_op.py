@@ -198,6 +198,13 @@ def test_build_info_tells_what_was_built(fused_library):
     assert pathlib.Path(info["library"]).is_file()
 
 
+def test_a_change_in_any_source_shows_in_the_digest():
+    from nlcg_tf.fused import build
+
+    sources = [p.name for p in build.HERE.iterdir() if p.suffix in (".h", ".cc", ".cu")]
+    assert sorted(build.SOURCES) == sorted([*sources, "build.py"])
+
+
 def test_a_compiler_that_fails_is_reported(tmp_path):
     from nlcg_tf.fused.build import build
 
