@@ -109,7 +109,7 @@ def write_report(folder, records, made):
     (folder / "table.md").write_text(table(records, made))
     columns = ["problem", "optimizer", "updates", "rate", "seed", "final_loss", "diverged"]
     columns += ["error", "seconds", "revision"]
-    write(folder / "runs.csv", pd.DataFrame(records)[columns].to_csv(index=False))
+    write(folder / "runs.csv", pd.DataFrame(records, columns=columns).to_csv(index=False))
     figures.draw_losses(records, "updates", folder)
     figures.draw_losses(records, "seconds", folder)
     figures.draw_sensitivity(records, folder)

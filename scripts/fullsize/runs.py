@@ -42,7 +42,7 @@ def full_flags(name, given, per_step_batch_size=None):
     Raises:
         ValueError: for a flag that the trainers have not, or that means nothing here.
     """
-    known = [*trainer_flags.DECISIVE, *trainer_flags.FREE]
+    known = [f for f in (*trainer_flags.DECISIVE, *trainer_flags.FREE) if f in FLAGS]
     flags = {flag: FLAGS[flag].default for flag in known}
     if unknown := [flag for flag in given if flag not in {*known, *OF_THE_DATA}]:
         raise ValueError(f"{name}: --{unknown[0]} is no flag of trainers.cifar")

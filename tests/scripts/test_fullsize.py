@@ -85,7 +85,7 @@ def data(tmp_path_factory):
     """Digits, and two runs: one alone, and one that takes the best factor of those before."""
     folder = tmp_path_factory.mktemp("data")
     definition = {
-        "flags": {**FLAGS, "epochs": 3, "global_batch_size": 256, "training_examples": 512},
+        "flags": {**FLAGS, "epochs": 2, "global_batch_size": 256, "training_examples": 512},
         "optimizers": {"NLCG": {"optimizer": "nlcg"}},
         "grid": [
             {"learning_rate_factor": 2, "seed": 0},
@@ -121,19 +121,21 @@ def test_20_updates_equal_those_of_the_tensorflow_trainer(flags, data, tmp_path)
 def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
     command = ["-m", "scripts.fullsize", f"--data={data}", f"--config={data / 'runs.json'}"]
     command.append(f"--folder={tmp_path}")
-    codes = []
-    for _ in range(6):  # an epoch a call, and the last one of the first run with the second's first
-        codes.append(python(*command, "--minutes=0.0001").returncode)
-    assert codes[:2] == [75, 75] and codes[-1] == 0, codes
-    first, second = (tmp_path / "runs" / f"NLCG-256-e3-f{f}" for f in ("2-s0", "best-s1"))
+    codes = [python(*command, minutes).returncode for minutes in ("--minutes=1e-6", "--minutes=9")]
+    assert codes == [75, 0]
+    first, second = (tmp_path / "runs" / f"NLCG-256-e2-f{f}" for f in ("2-s0", "best-s1"))
     for folder in (first, second):
         records = read_metrics(folder)
-        assert [r["update"] for r in records if r["type"] == "step"] == [1, 2, 3, 4, 5, 6]
-        assert [r["epoch"] for r in records if r["type"] == "epoch"] == [1, 2, 3]
-        assert "kappa" in records[-1] and read_json(folder / "summary.json")["updates"] == 6
+        assert [r["update"] for r in records if r["type"] == "step"] == [1, 2, 3, 4]
+        assert [r["epoch"] for r in records if r["type"] == "epoch"] == [1, 2]
+        assert "kappa" in records[-1] and read_json(folder / "summary.json")["updates"] == 4
     assert read_flags(second)["learning_rate_factor"] == 2
+    # The first run again, by itself, without an interruption.
+    runs = json.loads((data / "runs.json").read_text())
+    (tmp_path / "one.json").write_text(json.dumps({first.name: runs[first.name]}))
     whole = tmp_path / "whole"
-    assert python(*command[:-1], f"--folder={whole}").returncode == 0
+    command[-2:] = [f"--config={tmp_path / 'one.json'}", f"--folder={whole}"]
+    assert python(*command).returncode == 0
     same = [
         [r["loss"] for r in read_metrics(folder) if r["type"] == "step"]
         for folder in (first, whole / "runs" / first.name)

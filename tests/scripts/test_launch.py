@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 VENV = ROOT / ".venv"
 HORUN, MPIRUN, SLURM = "launch_horovodrun.sh", "launch_mpirun.sh", "launch_slurm.sbatch"
 COMMAND = ["python", "-m", "trainers.cifar", "--output_dir=my runs", "it's", "$HOME", "*", ""]
