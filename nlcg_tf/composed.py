@@ -51,7 +51,7 @@ class Stages:
     """One update; its stages have the names of those in nlcg_update.h.
 
     Attributes that they leave to each other: `old` and `new`, dicts of the scalars; `w`, `g`, `d`,
-    lists of tensors; `step`, the step without its size; `sizes`, one for each of the weights.
+    lists of tensors, one for each of the weights; `step`, the step without its size `alpha`.
     """
 
     def __init__(self, optimizer, gradients, learning_rate, variables, positions):
@@ -91,12 +91,12 @@ class Stages:
         old, y, s = self.old, None, None
         curvature, kappa = ops.zeros_like(self.alpha), ops.zeros_like(self.alpha)
         needs_step = uses_steps(self.optimizer.preconditioner) or self.blends
-        before = None
+        self.preconditioned_before = before = None
         if self.optimizer.update_rule == "polak_ribiere" or (
             needs_step and self.optimizer.nesterov
         ):
             before, _ = self.preconditioner.apply(self.state, self.g_prev, self.optimizer.epsilon)
-        self.preconditioned_before = before
+            self.preconditioned_before = before
         if needs_step:
             step = self._look_ahead(before, self.d, old["beta"], old["kappa"], old["cap"])
             sizes = [old["step_size"]] * len(self.w)

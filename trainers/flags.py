@@ -164,6 +164,11 @@ def own_flags():
     return {name: values[name] for name in own}
 
 
+def defaults():
+    """The shared flags as they are where none is given, as a dict."""
+    return {name: FLAGS[name].default for name in (*DECISIVE, *FREE) if name in FLAGS}
+
+
 def identity():
     """The flags that decide what a run computes, as a dict."""
     return {name: FLAGS[name].value for name in DECISIVE}

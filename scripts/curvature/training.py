@@ -11,7 +11,8 @@ import tensorflow as tf
 from scipy.optimize import minimize
 
 from scripts.curvature.statistics import POINTS, SEARCH_SEEDS
-from trainers.optimizers import choice
+from trainers.flags import defaults
+from trainers.optimizers.choice import flags_of, from_flags
 
 
 def make_training(problem, optimizer, updates):
@@ -23,12 +24,8 @@ def make_training(problem, optimizer, updates):
 
 def make_optimizer(name):
     """The trainers' optimizer, or variant of one, by its name; the rate is set later."""
-    flags = dict(choice.flags_of(name))
-    if flags.get("update_rule") in ("fletcher_reeves", "polak_ribiere"):
-        flags["line_search"] = "online"
-    if flags.get("preconditioner") == "none":
-        flags["preconditioner"] = None
-    return choice.make_optimizer(flags.pop("optimizer"), 0.01, **flags)
+    flags = {**defaults(), **flags_of(name), "weight_decay": 0.0}
+    return from_flags(flags, 0.01, paper_line_search="online")
 
 
 class Training:

@@ -25,8 +25,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 from scripts.fullsize import data as data_files
 from trainers.engine.folder import SUMMARY, write
+from trainers.engine.preemption import EXIT_STATUS as SAVED
 
-SAVED = 75
 RUNS = "runs.json"
 
 

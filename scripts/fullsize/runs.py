@@ -8,13 +8,11 @@ import time
 import jax
 import keras
 import numpy as np
-from absl import flags as absl_flags
 
 from scripts.fullsize.training import Training
 from trainers import flags as trainer_flags
 from trainers.engine.folder import SUMMARY, RunFolder, read_json
 
-FLAGS = absl_flags.FLAGS
 STATE = "state.npz"
 BEST = "best"  # as a factor on the rate: that of the finished runs with other seeds
 OF_THE_DATA = {"depth": None, "dataset": None, "training_examples": None}
@@ -42,11 +40,10 @@ def full_flags(name, given, per_step_batch_size=None):
     Raises:
         ValueError: for a flag that the trainers have not, or that means nothing here.
     """
-    known = [f for f in (*trainer_flags.DECISIVE, *trainer_flags.FREE) if f in FLAGS]
-    flags = {flag: FLAGS[flag].default for flag in known}
-    if unknown := [flag for flag in given if flag not in {*known, *OF_THE_DATA}]:
+    flags = {**OF_THE_DATA, **trainer_flags.defaults()}
+    if unknown := [flag for flag in given if flag not in flags]:
         raise ValueError(f"{name}: --{unknown[0]} is no flag of trainers.cifar")
-    flags = {**OF_THE_DATA, **flags, **given}
+    flags.update(given)
     for flag, value in ELSEWHERE.items():
         if flags[flag] != value:
             raise ValueError(f"{name}: --{flag}={flags[flag]} is not for one device")

@@ -14,11 +14,11 @@ import numpy as np
 
 from nlcg_tf.schedules import CifarSchedule
 from trainers.data.order import epoch_indices
+from trainers.engine import averages
 from trainers.engine.plan import make_plan
 from trainers.models.cifar_resnet import cifar_resnet
 from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags
 
-AVERAGE_DECAY = 0.9999
 TEST_BATCH_SIZE = 500
 
 
@@ -145,9 +145,8 @@ class Training:
         weights, optimizer = self.optimizer.stateless_apply(
             state["optimizer"], [g / micro_steps for g in sums], state["weights"]
         )
-        n = state["updates"].astype(jnp.float32)
-        decay = jnp.minimum(AVERAGE_DECAY, (1 + n) / (10 + n))
-        averages = [a - (1 - decay) * (a - w) for a, w in zip(state["averages"], weights)]
+        decay = averages.decay(state["updates"])
+        averaged = [a - (1 - decay) * (a - w) for a, w in zip(state["averages"], weights)]
         log = {"loss": loss, "learning_rate": rate, "sums": jnp.stack([whole, correct])}
         for name in ("reals", "counts"):
             if hasattr(self.optimizer, name):
@@ -157,7 +156,7 @@ class Training:
             "weights": weights,
             "statistics": statistics,
             "optimizer": optimizer,
-            "averages": averages,
+            "averages": averaged,
             "updates": state["updates"] + 1,
         }
         return state, log

@@ -8,10 +8,10 @@ import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import platform
 import subprocess
-import tempfile
 
 FLAGS, METRICS, SUMMARY = "flags.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, BOARD = "checkpoints", "tensorboard"
@@ -113,10 +113,8 @@ def read_metrics(folder):
 def write(path, text):
     """Writes a file so that a kill leaves the old one or the new one, never a half."""
     # A name of its own: two programs may write the same table.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".partial") as file:
-        file.write(text)
-    partial = pathlib.Path(file.name)
-    partial.chmod(0o644)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text)
     partial.replace(path)
 
 

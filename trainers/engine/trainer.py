@@ -5,9 +5,8 @@ import contextlib
 import keras
 import tensorflow as tf
 
+from trainers.engine import averages
 from trainers.engine.evaluator import Evaluator
-
-AVERAGE_DECAY = 0.9999
 
 
 class Trainer:
@@ -90,8 +89,7 @@ class Trainer:
             self.inner_optimizer.observe_loss(loss)
         gradients = [total / self.plan.micro_steps for total in self._gradient_sums]
         self.optimizer.apply(gradients, self.weights)
-        n = tf.cast(self.updates, tf.float32)
-        decay = tf.minimum(AVERAGE_DECAY, (1 + n) / (10 + n))
+        decay = averages.decay(self.updates)
         for average, weight in zip(self.averages, self.weights):
             average.assign_sub((1 - decay) * (average - weight))
         self.epoch_sums.assign_add(self._update_sums)
