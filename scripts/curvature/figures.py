@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib import pyplot
 
+from scripts.curvature.ablation import KNOWN
 from scripts.curvature.statistics import (
     POINTS,
     TITLES,
@@ -13,7 +14,6 @@ from scripts.curvature.statistics import (
     worst_runs,
 )
 from scripts.shared import style
-from trainers.optimizers.choice import OPTIMIZERS
 
 OVER_SEEDS = "median and quartiles over seeds"
 
@@ -29,8 +29,7 @@ def _panels(records, ylabel, xlabel):
 
 
 def _look(name):
-    title = OPTIMIZERS[name].title
-    return {**style.styles([title])[title], "label": title, "markersize": 5}
+    return {**style.look(KNOWN[name]), "label": KNOWN[name].title, "markersize": 5}
 
 
 def draw_losses(records, axis, out):
@@ -91,7 +90,7 @@ def draw_win_loss(records, out):
             look = {**_look(name), "linestyle": ""}
             axis.plot(ratios[[0, 2]], [place, place], color=look["color"], linewidth=1.5)
             axis.plot(ratios[1], place, **look)
-    axis.axvline(1, color=OPTIMIZERS["nlcg"].colour, linewidth=0.8)
+    axis.axvline(1, color=KNOWN["nlcg"].colour, linewidth=0.8)
     axis.set_xscale("log")
     axis.set_yticks(range(len(problems)), [TITLES[name] for name in problems])
     axis.invert_yaxis()

@@ -5,6 +5,7 @@ import math
 import pandas as pd
 
 from scripts.curvature import figures
+from scripts.curvature.ablation import KNOWN
 from scripts.curvature.statistics import (
     POINTS,
     TITLES,
@@ -19,7 +20,6 @@ from scripts.curvature.statistics import (
     worst_runs,
 )
 from trainers.engine.folder import write
-from trainers.optimizers.choice import OPTIMIZERS
 
 
 def _show(values, digits=3):
@@ -51,7 +51,7 @@ def _row(name, search, runs, target):
         shown[column] = "" if None in values else f"{quartiles(values)[1]:.2g}"
     diverged = [f"{sum(r['diverged'] for r in part)}/{len(part)}" for part in (search, runs)]
     return {
-        "optimizer": OPTIMIZERS[name].title,
+        "optimizer": KNOWN[name].title,
         "rate": rates,
         "final loss": _show([final_loss(record) for record in runs]),
         "relative error": _show(errors) if any(map(math.isfinite, errors)) else "",

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from trainers.optimizers.choice import OPTIMIZERS
+from scripts.curvature.ablation import KNOWN
 
 POINTS = 50  # of a curve, besides the one before the first update
 SEARCH_SEEDS = (0, 1)
@@ -86,9 +86,9 @@ def resample(record, axis, grid):
 
 
 def by_optimizer(records, problem):
-    """name -> (runs of the search, runs with the best rate), in the order of `OPTIMIZERS`."""
+    """name -> (runs of the search, runs with the best rate), in the order of `KNOWN`."""
     groups = {}
-    for name in OPTIMIZERS:
+    for name in KNOWN:
         runs = [r for r in records if r["problem"] == problem and r["optimizer"] == name]
         if runs:
             search = [r for r in runs if name != "lbfgs" and r["seed"] in SEARCH_SEEDS]

@@ -5,6 +5,8 @@ published beside Momentum, Nesterov, Adam and, where all data are in each update
 optimizer gets the same search: `--rates` constant learning rates with two seeds, then `--seeds`
 more seeds with the rate whose worse final loss of the two was lowest. L-BFGS has no rate.
 
+Variants of NLCG's default, each with one part changed, are in ablation.py.
+
 An update is one gradient evaluation. Times are those of the updates alone: no tracing, none of the
 evaluations of the loss over all data from which the curves are made.
 
@@ -28,9 +30,9 @@ import sys
 
 import tqdm
 
+from scripts.curvature.ablation import KNOWN
 from scripts.curvature.statistics import POINTS, SEARCH_SEEDS, best_rate
 from scripts.shared.timing import machine
-from trainers.optimizers.choice import OPTIMIZERS
 
 # Gradient evaluations of a run: the budget.
 UPDATES = {
@@ -60,7 +62,7 @@ def plan(known, optimizer, rates, seeds):
 
     Args:
         known: dict from (rate, seed) to the record of a finished run.
-        optimizer: a name in `OPTIMIZERS`.
+        optimizer: a name in `KNOWN`.
         rates: int, learning rates of the search.
         seeds: int, further seeds with the best of them.
 
@@ -183,7 +185,7 @@ def parsed_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", default="runs/curvature", help="for all that is written")
     parser.add_argument("--problems", nargs="+", choices=UPDATES, default=list(UPDATES))
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=STUDIED)
+    parser.add_argument("--optimizers", nargs="+", choices=KNOWN, default=STUDIED)
     parser.add_argument("--jobs", type=int, default=2, help="worker processes, one thread each")
     parser.add_argument("--rates", type=int, default=7, help="learning rates of the search")
     parser.add_argument("--seeds", type=int, default=5, help="with the best of them")

@@ -10,22 +10,16 @@ import numpy as np
 import tensorflow as tf
 from scipy.optimize import minimize
 
+from scripts.curvature.ablation import KNOWN, make_optimizer
 from scripts.curvature.statistics import POINTS, SEARCH_SEEDS
-from trainers.flags import defaults
-from trainers.optimizers.choice import flags_of, from_flags
 
 
 def make_training(problem, optimizer, updates):
     """The training of a `Problem` by an optimizer's name, with a budget of updates."""
     if optimizer == "lbfgs":
         return LBFGSTraining(problem, updates)
-    return KerasTraining(problem, updates, make_optimizer(optimizer))
-
-
-def make_optimizer(name):
-    """The trainers' optimizer, or variant of one, by its name; the rate is set later."""
-    flags = {**defaults(), **flags_of(name), "weight_decay": 0.0}
-    return from_flags(flags, 0.01, paper_line_search="online")
+    blind = getattr(KNOWN[optimizer], "blind", False)
+    return KerasTraining(problem, updates, make_optimizer(optimizer), blind)
 
 
 class Training:
@@ -54,9 +48,9 @@ class Training:
 class KerasTraining(Training):
     """Training by a Keras optimizer: many updates in one graph, which is traced once."""
 
-    def __init__(self, problem, updates, optimizer):
+    def __init__(self, problem, updates, optimizer, blind=False):
         super().__init__(problem, updates)
-        self.optimizer = optimizer
+        self.optimizer, self.blind = optimizer, blind
         optimizer.build(self.weights)
         self.initial_state = [keras.ops.convert_to_numpy(v) for v in optimizer.variables]
         self.order = tf.Variable(self.epochs(SEARCH_SEEDS[0]))
@@ -89,7 +83,9 @@ class KerasTraining(Training):
         def update(i):
             with tf.GradientTape() as tape:
                 loss = self.loss(None if self.problem.batch is None else self.order[i])
-                loss = self.optimizer.scale_loss(loss)  # tells it to the line search
+                loss = self.optimizer.scale_loss(loss)  # tells it the loss
+            if self.blind:
+                self.optimizer.observe_loss(0.0)
             self.optimizer.apply(tape.gradient(loss, self.weights), self.weights)
             return i + 1
 

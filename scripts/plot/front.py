@@ -11,7 +11,7 @@ import pathlib
 import pandas as pd
 from matplotlib import pyplot
 
-from scripts.curvature.statistics import OPTIMIZERS, SEARCH_SEEDS, TITLES, quartiles
+from scripts.curvature.statistics import SEARCH_SEEDS, TITLES, quartiles
 from scripts.plot import tables
 from scripts.shared import runs as run_reader
 from scripts.shared import style
@@ -23,8 +23,8 @@ HIGHEST = 1000  # of a ratio; beyond, and for runs that diverged, the marker sta
 
 
 def _look(name):
-    title = choice.OPTIMIZERS[name].title
-    return {**style.styles([title])[title], "label": title, "markersize": 7}
+    known = choice.OPTIMIZERS[name]
+    return {**style.look(known), "label": known.title, "markersize": 7}
 
 
 def draw_ratios(axis, runs):
@@ -35,7 +35,7 @@ def draw_ratios(axis, runs):
         lambda losses: quartiles(losses)[1]
     )
     problems = [problem for problem in TITLES if (problem, "nlcg") in medians]
-    for name in [name for name in OPTIMIZERS if name in set(runs["optimizer"])]:
+    for name in [name for name in choice.OPTIMIZERS if name in set(runs["optimizer"])]:
         rows = [i for i, problem in enumerate(problems) if (problem, name) in medians]
         ratios = [
             min(HIGHEST, medians[problems[i], name] / medians[problems[i], "nlcg"]) for i in rows

@@ -28,26 +28,23 @@ pyplot.rcParams.update(
 )
 
 
+def look(choice):
+    """Colour, marker and line of a `Choice`, as Matplotlib names them."""
+    return {"color": choice.colour, "marker": choice.marker, "linestyle": choice.line}
+
+
 def styles(names):
     """Colour, marker and line of each optimizer by its title: the same in all figures."""
     known = {choice.title: choice for choice in OPTIMIZERS.values()}
     others = [name for name in names if name not in known]
-    look = {
-        name: {
-            "color": known[name].colour,
-            "marker": known[name].marker,
-            "linestyle": known[name].line,
-        }
-        for name in names
-        if name in known
-    }
+    looks = {name: look(known[name]) for name in names if name in known}
     for i, name in enumerate(others):
-        look[name] = {
+        looks[name] = {
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": LINES[i % len(LINES)],
         }
-    return {name: look[name] for name in names}
+    return {name: looks[name] for name in names}
 
 
 def panels(count, rows=1, width=3.0, height=2.6, across=COLUMNS, **arguments):

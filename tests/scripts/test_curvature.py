@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from scripts.curvature import problems, report, statistics, study
+from scripts.curvature import ablation, problems, report, statistics, study
 from scripts.curvature import training as trainings
 
 STEP = 1e-4
@@ -121,7 +121,7 @@ def test_updates_in_a_graph_are_those_of_single_steps(name):
 
     model = problem.make_model()
     model.set_weights(training.initial_weights(1))
-    optimizer = trainings.make_optimizer(name)
+    optimizer = ablation.make_optimizer(name)
     optimizer.learning_rate = rate
     for indices in training.epochs(1):
         with tf.GradientTape() as tape:
@@ -223,11 +223,32 @@ def test_the_table(tmp_path):
     assert (tmp_path / "win_loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("optimizer", sorted(set(statistics.OPTIMIZERS) - {"lbfgs"}))
+@pytest.mark.parametrize("optimizer", sorted(set(ablation.KNOWN) - {"lbfgs"}))
 def test_all_optimizers_get_as_many_rates_as_far_apart(optimizer):
     rates = study.learning_rates(optimizer, 5)
     assert len(rates) == 5
     np.testing.assert_allclose(np.diff(np.log10(rates)), 0.5, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "name, changed",
+    [
+        ("decay_095", {"preconditioner"}),
+        ("no_look_ahead", {"nesterov"}),
+        ("constant", set()),
+        ("fr_normalized", {"update_rule", "nesterov"}),
+    ],
+)
+def test_a_variant_differs_from_the_default_in_what_it_names(name, changed):
+    one, other = (ablation.make_optimizer(n).get_config() for n in ("nlcg", name))
+    assert {key for key in one if one[key] != other[key]} == changed
+
+
+def test_a_blind_variant_has_a_constant_beta():
+    training = trainings.make_training(problems.PROBLEMS["poisson"](), "constant", updates=50)
+    training.run(0.01, seed=1)
+    figures = training.diagnostics()
+    assert figures["kappa"] == 0 and figures["beta"] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(
