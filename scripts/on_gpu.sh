@@ -13,6 +13,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p "$out"
 export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
 if [ ! -e "$out/kernels.txt" ]; then
+  for program in nvidia-smi nvcc; do
+    command -v "$program" > /dev/null || { echo "error: $program not found: this needs a GPU" >&2; exit 2; }
+  done
   nvidia-smi --query-gpu=name,driver_version --format=csv > "$out/gpu.csv"
   status=0
   python3 -m tests.fused.check_cuda > "$out/kernels.partial" 2>&1 || status=$?

@@ -1,7 +1,8 @@
 """The trainers' training on one device through JAX: a compiled scan an epoch, data on the device.
 
 Model, schedule, weight decay and optimizers are those of `trainers`, the order of the examples too;
-only the random numbers of the augmentation are JAX's own, drawn by (seed, epoch, index).
+only the random numbers of the augmentation are JAX's own, drawn by (seed, epoch, index). On a CPU
+Python does the loops: XLA's convolutions take some 40 times as long in a compiled one.
 """
 
 import functools
@@ -53,9 +54,21 @@ class Training:
         self.optimizer.build(self.model.trainable_variables)
         self.images, self.labels = jnp.asarray(images), jnp.asarray(labels)
         self.test_images, self.test_labels = map(jnp.asarray, data.test)
-        alone = len(seeds) == 1
-        self._epoch = jax.jit(self._train_epoch if alone else jax.vmap(self._train_epoch))
-        self._test = jax.jit(self._evaluate if alone else jax.vmap(self._evaluate))
+        self.compile(loops_in_python=jax.default_backend() == "cpu")
+
+    def compile(self, loops_in_python):
+        """Chooses who does the loops, and so what is compiled: their bodies, or the whole."""
+
+        def as_it_is(step):
+            return step
+
+        across = jax.vmap if len(self.seeds) > 1 else as_it_is
+        body, whole = (jax.jit, as_it_is) if loops_in_python else (as_it_is, jax.jit)
+        self._scan = _loop if loops_in_python else jax.lax.scan
+        self._add = body(across(self._add_gradient))
+        self._finish = body(across(self._finish_update))
+        self._test = body(across(self._test_batch))
+        self._epoch, self._evaluation = whole(self._train_epoch), whole(self._evaluate)
 
     def initial_state(self):
         """The state of all runs before the first update: a dict of lists of arrays."""
@@ -83,22 +96,25 @@ class Training:
             "learning_rate" of each update, "reals" and "counts" of NLCG, and the sums of losses and
             of correct answers, "sums".
         """
-        count = self.plan.updates_per_epoch * self.plan.global_batch_size
-        shape = (self.plan.updates_per_epoch, self.plan.micro_steps, -1)
-        orders, keys = [], []
-        for seed in self.seeds:
-            orders.append(epoch_indices(len(self.labels), count, seed, epoch).reshape(shape))
-            keys.append(jax.random.fold_in(jax.random.key(seed), epoch))
-        if len(self.seeds) == 1:
-            state, log = self._epoch(state, jnp.asarray(orders[0]), keys[0])
-            return state, [jax.device_get(log)]
-        state, log = self._epoch(state, jnp.asarray(np.stack(orders)), jnp.stack(keys))
+        plan, alone = self.plan, len(self.seeds) == 1
+        count = plan.updates_per_epoch * plan.global_batch_size
+        shape = (plan.updates_per_epoch, plan.micro_steps, 1, -1)
+        orders = [epoch_indices(len(self.labels), count, seed, epoch) for seed in self.seeds]
+        order = np.concatenate([indices.reshape(shape) for indices in orders], axis=2)
+        examples = order, np.broadcast_to(np.arange(count).reshape(shape), order.shape)
+        keys = [jax.random.fold_in(jax.random.key(seed), epoch) for seed in self.seeds]
+        if alone:
+            examples = [x[:, :, 0] for x in examples]
+        key = keys[0] if alone else jnp.stack(keys)
+        state, log = self._epoch(state, key, tuple(map(jnp.asarray, examples)))
         log = jax.device_get(log)
-        return state, [jax.tree.map(lambda x, i=i: x[i], log) for i in range(len(self.seeds))]
+        if alone:
+            return state, [log]
+        return state, [jax.tree.map(lambda x, i=i: x[:, i], log) for i in range(len(self.seeds))]
 
     def evaluate(self, state):
         """Loss and accuracies on the test images, also of the averaged weights, of each run."""
-        figures = np.asarray(self._test(state)).reshape(len(self.seeds), 2, 3)
+        figures = np.asarray(self._evaluation(state)).reshape(len(self.seeds), 2, 3)
         names = ("test_loss", "top1", "top5"), (None, "averaged_top1", "averaged_top5")
         return [
             {
@@ -110,51 +126,60 @@ class Training:
             for run in figures
         ]
 
-    def _train_epoch(self, state, order, key):
-        places = jnp.arange(math.prod(order.shape)).reshape(order.shape)
-        update = functools.partial(self._update, key)
-        return jax.lax.scan(update, state, (order, places))
+    def _train_epoch(self, state, key, examples):
+        return self._scan(functools.partial(self._update, key), state, examples)
 
     def _update(self, key, state, examples):
         """One update over all micro-batches of a virtual batch."""
+        sums = {
+            "statistics": state["statistics"],
+            "gradients": jax.tree.map(jnp.zeros_like, state["weights"]),
+        }
+        zeros = jnp.zeros(state["updates"].shape)
+        sums.update(loss=zeros, entire_loss=zeros, correct=zeros)
+
+        def add(sums, part):
+            return self._add(key, state["weights"], sums, part), None
+
+        sums, _ = self._scan(add, sums, examples)
+        return self._finish(state, sums)
+
+    def _add_gradient(self, key, weights, sums, part):
+        """Adds a micro-batch to the gradient and loss of the virtual batch."""
+        images, labels = self._batch(key, *part)
+        gradient = jax.value_and_grad(self._loss, has_aux=True)
+        (loss, (statistics, hits)), gradients = gradient(
+            weights, sums["statistics"], images, labels
+        )
+        return {
+            "statistics": statistics,
+            "gradients": [a + b for a, b in zip(sums["gradients"], gradients)],
+            "loss": sums["loss"] + loss,
+            "entire_loss": sums["entire_loss"] + loss * len(labels),
+            "correct": sums["correct"] + hits,
+        }
+
+    def _finish_update(self, state, sums):
+        """Updates weights and averages with the means over the virtual batch."""
         micro_steps = self.plan.micro_steps
-        zeros = [jnp.zeros_like(w) for w in state["weights"]]
-
-        def micro_step(carry, part):
-            statistics, sums, total, correct, whole = carry
-            images, labels = self._batch(key, *part)
-            gradient = jax.value_and_grad(self._loss, has_aux=True)
-            (loss, (statistics, hits)), grads = gradient(
-                state["weights"], statistics, images, labels
-            )
-            sums = [a + b for a, b in zip(sums, grads)]
-            return (
-                statistics,
-                sums,
-                total + loss,
-                correct + hits,
-                whole + loss * len(labels),
-            ), None
-
-        start = (state["statistics"], zeros, 0.0, 0.0, 0.0)
-        (statistics, sums, total, correct, whole), _ = jax.lax.scan(micro_step, start, examples)
-        loss = total / micro_steps
+        loss = sums["loss"] / micro_steps
         rate = self.schedule(state["updates"])
         if hasattr(self.optimizer, "observe_loss"):
             self.optimizer.observe_loss(loss)
         weights, optimizer = self.optimizer.stateless_apply(
-            state["optimizer"], [g / micro_steps for g in sums], state["weights"]
+            state["optimizer"], [g / micro_steps for g in sums["gradients"]], state["weights"]
         )
         decay = averages.decay(state["updates"])
         averaged = [a - (1 - decay) * (a - w) for a, w in zip(state["averages"], weights)]
-        log = {"loss": loss, "learning_rate": rate, "sums": jnp.stack([whole, correct])}
+        log = {"loss": loss, "learning_rate": rate}
+        log["sums"] = jnp.stack([sums["entire_loss"], sums["correct"]])
         for name in ("reals", "counts"):
             if hasattr(self.optimizer, name):
                 position = _position(self.optimizer.variables, getattr(self.optimizer, name))
                 log[name] = optimizer[position]
         state = {
             "weights": weights,
-            "statistics": statistics,
+            "statistics": sums["statistics"],
             "optimizer": optimizer,
             "averages": averaged,
             "updates": state["updates"] + 1,
@@ -195,28 +220,43 @@ class Training:
         return jax.vmap(crop)(padded, draws)
 
     def _evaluate(self, state):
-        """Loss, top-1 and top-5 with the weights, and with their averages: `(2, 3)`."""
+        """Loss, top-1 and top-5 with the weights, and with their averages: `(..., 2, 3)`."""
         count = len(self.test_labels)
         steps = -(-count // TEST_BATCH_SIZE)
-        indices = jnp.minimum(jnp.arange(steps * TEST_BATCH_SIZE), count - 1)
-        counted = (jnp.arange(steps * TEST_BATCH_SIZE) < count).astype(jnp.float32)
+        places = jnp.arange(steps * TEST_BATCH_SIZE).reshape(steps, -1)
+        side_by_side = state["updates"].shape
+        shape = (steps, *side_by_side, TEST_BATCH_SIZE)
+        places = jnp.broadcast_to(places[:, None] if side_by_side else places, shape)
 
-        def step(sums, part):
-            indices, counted = part
-            images, labels = _standardise(self.test_images[indices]), self.test_labels[indices]
-            rows = []
-            for weights in (state["weights"], state["averages"]):
-                logits, _ = self.model.stateless_call(
-                    weights, state["statistics"], images, training=False
-                )
-                parts = [_cross_entropy(logits, labels)]
-                parts += [_in_top(logits, labels, k) for k in (1, 5)]
-                rows.append(jnp.stack([jnp.sum(counted * part) for part in parts]))
-            return sums + jnp.stack(rows), None
+        def step(sums, places):
+            return sums + self._test(state, places), None
 
-        parts = indices.reshape(steps, -1), counted.reshape(steps, -1)
-        sums, _ = jax.lax.scan(step, jnp.zeros((2, 3)), parts)
+        sums, _ = self._scan(step, jnp.zeros((*side_by_side, 2, 3)), places)
         return sums / count
+
+    def _test_batch(self, state, places):
+        """The sums over a batch of test images; those past the last count nothing."""
+        indices = jnp.minimum(places, len(self.test_labels) - 1)
+        counted = (places < len(self.test_labels)).astype(jnp.float32)
+        images, labels = _standardise(self.test_images[indices]), self.test_labels[indices]
+        rows = []
+        for weights in (state["weights"], state["averages"]):
+            logits, _ = self.model.stateless_call(
+                weights, state["statistics"], images, training=False
+            )
+            parts = [_cross_entropy(logits, labels)]
+            parts += [_in_top(logits, labels, k) for k in (1, 5)]
+            rows.append(jnp.stack([jnp.sum(counted * part) for part in parts]))
+        return jnp.stack(rows)
+
+
+def _loop(step, carry, parts):
+    """`jax.lax.scan`, in Python."""
+    results = []
+    for i in range(len(jax.tree.leaves(parts)[0])):
+        carry, result = step(carry, jax.tree.map(lambda x, i=i: x[i], parts))
+        results.append(result)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
 
 
 def _position(variables, wanted):
