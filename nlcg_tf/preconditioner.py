@@ -17,14 +17,13 @@ optimizer.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import keras
 from keras import ops
 
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
-from nlcg_tf.reductions import TINY, dot, total
+from nlcg_tf.reductions import TINY, count, dot, sum_all
 
 Tensors = list[Any]
 State = dict[str, Tensors]
@@ -84,9 +83,8 @@ def bfgs(h, g, y, s):
 
 def harmonic_mean(divisors):
     """n / sum(1 / x) over all n elements of a list of tensors: a scalar, 1 where n is 0."""
-    count = sum(math.prod(x.shape) for x in divisors)
-    inverses = ops.sum(ops.stack([total(1 / x) for x in divisors]))
-    return count / inverses if count else ops.ones_like(inverses)
+    elements, inverses = count(divisors), sum_all([1 / x for x in divisors])
+    return elements / inverses if elements else ops.ones_like(inverses)
 
 
 class Identity:

@@ -1,5 +1,7 @@
 """Sums over all variables of a model whose bits do not depend on the number of threads."""
 
+import contextlib
+import contextvars
 import math
 
 from keras import ops
@@ -31,11 +33,47 @@ def total(x):
     return head + ops.sum(x[rows * BLOCK :]) if rest else head
 
 
+# In an update of which each worker does a part: what says how sums become those over all workers.
+_parts = contextvars.ContextVar("parts", default=None)
+
+
+@contextlib.contextmanager
+def over_workers(parts):
+    """Context in which each worker holds a part of the parameters, and sums run over all.
+
+    Args:
+        parts: object with `elements`, how many there are in all parts, and with `sum(scalar)`,
+            from a sum over this worker's part to one over all.
+    """
+    token = _parts.set(parts)
+    try:
+        yield
+    finally:
+        _parts.reset(token)
+
+
+def are_divided():
+    """Whether this worker holds a part of the parameters only."""
+    return _parts.get() is not None
+
+
+def sum_all(xs):
+    """The sum of all elements of a list of tensors."""
+    own = ops.sum(ops.stack([total(x) for x in xs]))
+    return _parts.get().sum(own) if are_divided() else own
+
+
 def dot(xs, ys):
     """The inner product of two lists of tensors, taken as two long vectors."""
-    return ops.sum(ops.stack([total(x * y) for x, y in zip(xs, ys)]))
+    return sum_all([x * y for x, y in zip(xs, ys)])
+
+
+def count(xs):
+    """How many elements a list of tensors has, an int."""
+    return _parts.get().elements if are_divided() else sum(math.prod(x.shape) for x in xs)
 
 
 def all_finite(tensors):
     """True where no element of any tensor is infinite or NaN: a scalar boolean tensor."""
-    return ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in tensors]))
+    finite = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in tensors]))
+    return _parts.get().sum(ops.cast(~finite, "float32")) == 0 if are_divided() else finite

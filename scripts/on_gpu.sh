@@ -26,6 +26,8 @@ fi
 status=0
 python3 -m scripts.fullsize --data="$data" --config="$data/runs.json" --folder="$out/study" "$@" || status=$?
 # Without the states from which runs go on, and without what was compiled.
-tar czf "$out/results.tar.gz" -C "$out" --exclude=state.npz --exclude=.compiled --exclude=results.tar.gz .
+archive=$(mktemp) # not in the folder that is read
+tar czf "$archive" -C "$out" --exclude=state.npz --exclude=.compiled --exclude=results.tar.gz .
+mv "$archive" "$out/results.tar.gz"
 ls -l "$out/results.tar.gz"
 exit "$status"

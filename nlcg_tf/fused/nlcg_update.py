@@ -12,6 +12,7 @@ import keras
 
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
 from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS
+from nlcg_tf.reductions import are_divided
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
 BUILD_COMMAND = "python -m nlcg_tf.fused.build"
@@ -90,6 +91,8 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util
 
+    if are_divided():
+        return "each worker has a part of the parameters only (shard=True)"
     if tf.distribute.has_strategy():
         return "a tf.distribute strategy is active"
     if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(

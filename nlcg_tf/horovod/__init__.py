@@ -45,6 +45,7 @@ from nlcg_tf.horovod.collectives import (
 from nlcg_tf.horovod.elastic import ElasticState, elastic_run
 from nlcg_tf.horovod.optimizer import DistributedOptimizer
 from nlcg_tf.horovod.watch import Watch
+from nlcg_tf.horovod.whole import gather_optimizer, gathered, scatter_optimizer, whole_optimizer
 
 __all__ = [
     "AverageMovingStatistics",
@@ -61,12 +62,16 @@ __all__ = [
     "broadcast_object",
     "check_identical",
     "elastic_run",
+    "gather_optimizer",
+    "gathered",
     "init",
     "local_rank",
     "local_size",
     "rank",
+    "scatter_optimizer",
     "shutdown",
     "size",
     "sum_metrics",
     "sum_over_workers",
+    "whole_optimizer",
 ]

@@ -36,23 +36,45 @@ def _average_bfloat16(tensors):
     """
     flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], axis=0)
     workers, count = hvd.size_op(), tf.size(flat)
-    words = tf.bitcast(tf.pad(flat, [[0, -count % workers]]), tf.uint16)
-    received = hvd.alltoall(words, name="Horovod_exchange_bfloat16")
-    parts = tf.reshape(tf.cast(tf.bitcast(received, tf.bfloat16), tf.float32), [workers, -1])
-    mean = tf.reduce_sum(parts, axis=0) / tf.cast(workers, tf.float32)
+    mean = reduce_scatter(tf.pad(flat, [[0, -count % workers]]))
     words = tf.bitcast(tf.cast(mean, tf.bfloat16), tf.uint16)
     words = hvd.allgather(words, name="Horovod_gather_bfloat16")[:count]
     averages = tf.split(tf.bitcast(words, tf.bfloat16), [x.shape.num_elements() for x in tensors])
     return [tf.reshape(part, x.shape) for part, x in zip(averages, tensors)]
 
 
+def reduce_scatter(vector: Any) -> Any:
+    """This worker's part of the average of a vector, whose length the workers divide evenly.
+
+    bfloat16, which Horovod's reductions do not know, is added up in float32, the type returned.
+    """
+    if vector.dtype != tf.bfloat16:
+        return hvd.reducescatter(vector, op=hvd.Average, name="Horovod_reduce_scatter")
+    words = tf.bitcast(vector, tf.uint16)
+    received = hvd.alltoall(words, name="Horovod_exchange_bfloat16")
+    parts = tf.cast(tf.bitcast(received, tf.bfloat16), tf.float32)
+    parts = tf.reshape(parts, [hvd.size_op(), -1])
+    return tf.reduce_sum(parts, axis=0) / tf.cast(hvd.size_op(), tf.float32)
+
+
+def gather(part: Any) -> Any:
+    """The vector of which each worker has a part of the same length."""
+    return hvd.allgather(part, name="Horovod_gather")
+
+
 def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
     """Gives all workers the values that worker `root_rank` holds.
 
     Args:
-        variables: list of Keras or TensorFlow variables, equal in number, order and shapes.
+        variables: list of Keras or TensorFlow variables, equal in number, order and shapes. A
+            sharded optimizer's slots, of which each worker has its own part, stay as they are.
     """
-    hvd.broadcast_variables(plain(variables), root_rank)
+    hvd.broadcast_variables(plain(shared(variables)), root_rank)
+
+
+def shared(variables):
+    """The variables that are the same on all workers: all but parts of sharded optimizers."""
+    return [v for v in variables if not getattr(v, "is_part", False)]
 
 
 def plain(variables):
@@ -119,11 +141,13 @@ def check_identical(variables: Sequence[Any]) -> None:
     """Checks that all workers hold the same bits.
 
     Args:
-        variables: list of Keras or TensorFlow variables, in the same order on all workers.
+        variables: list of Keras or TensorFlow variables, in the same order on all workers. A
+            sharded optimizer's slots are passed over.
 
     Raises:
         RuntimeError: on every worker, naming the first variable that differs.
     """
+    variables = shared(variables)
     digests = [hashlib.sha256(np.asarray(v).tobytes()).digest()[:8] for v in variables]
     own = np.frombuffer(b"".join(digests), np.int64)
     all_digests = hvd.allgather(tf.constant(own[None]), name="Horovod_check").numpy()

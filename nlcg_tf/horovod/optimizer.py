@@ -1,16 +1,13 @@
-"""Makes any Keras 3 optimizer average its gradients over Horovod's workers."""
+"""The door to training with several workers: it makes any Keras 3 optimizer distributed."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from horovod.tensorflow import allgather_object
-from tensorflow.python.ops import control_flow_util
 
-from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.horovod.collectives import average, name_of
+from nlcg_tf.horovod.averaging import Averaging, AveragingLossScale
+from nlcg_tf.horovod.sharding import AgreeingLossScale, Sharded, why_not
 
 COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 
@@ -19,6 +16,7 @@ def DistributedOptimizer(
     optimizer: keras.optimizers.Optimizer,
     compression: str | None = None,
     average_with: Sequence[Any] = (),
+    shard: bool = False,
 ) -> keras.optimizers.Optimizer:
     """Makes a Keras 3 optimizer average its gradients over all Horovod workers.
 
@@ -33,6 +31,10 @@ def DistributedOptimizer(
         compression: `None`; `"fp16"` or `"bf16"` to send float32 gradients as float16, or as
             bfloat16, which has the range of float32 and less precision.
         average_with: scalar variables to be averaged in the same round, such as a loss to log.
+        shard: whether each worker keeps and updates its part of the optimizer's state only
+            (`nlcg_tf.horovod.sharding`): 1/W of the slots and of the update's work, the same bytes
+            sent. For optimizers whose update is elementwise, and NLCG in all its forms but for LARS
+            scaling. Every variable must have a gradient.
 
     Returns:
         `optimizer`.
@@ -44,24 +46,35 @@ def DistributedOptimizer(
         ValueError: by the first training step, on all workers, if a variable has a gradient on some
             of them only.
     """
-    _check(optimizer, compression)
-    base = _DistributedLossScale if hasattr(optimizer, "inner_optimizer") else _Distributed
+    _check(optimizer, compression, shard)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    target = optimizer
+    if shard:
+        if inner is not None:
+            _exchange_class(optimizer, AgreeingLossScale)
+            target = inner
+        _exchange_class(target, Sharded)
+    else:
+        _exchange_class(target, Averaging if inner is None else AveragingLossScale)
+    object.__setattr__(target, "_wire_dtype", COMPRESSIONS[compression])
+    object.__setattr__(target, "_average_with", tuple(average_with))
+    object.__setattr__(target, "_are_compared", False)
+    return optimizer
+
+
+def _exchange_class(optimizer, base):
     cls = type(optimizer)
     # Keras writes `optimizer.__class__` into a saved model: there it must find the plain class.
     members = {"__class__": property(lambda self: cls), "__doc__": cls.__doc__}
     optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
-    object.__setattr__(optimizer, "_wire_dtype", COMPRESSIONS[compression])
-    object.__setattr__(optimizer, "_average_with", tuple(average_with))
-    object.__setattr__(optimizer, "_are_compared", False)
-    return optimizer
 
 
-def _check(optimizer, compression):
+def _check(optimizer, compression, shard):
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             f"`optimizer` must be a Keras 3 optimizer. Received: optimizer={optimizer!r}"
         )
-    if isinstance(optimizer, _Distributed):
+    if isinstance(optimizer, (Averaging, AgreeingLossScale)):
         raise ValueError(f"`optimizer` is distributed already. Received: optimizer={optimizer!r}")
     if hasattr(optimizer, "_allreduce_grads"):
         raise ValueError(
@@ -73,95 +86,15 @@ def _check(optimizer, compression):
         raise ValueError(
             f"`compression` must be None, 'fp16' or 'bf16'. Received: compression={compression!r}"
         )
+    if shard not in (True, False):
+        raise ValueError(f"`shard` must be True or False. Received: shard={shard!r}")
+    if shard and (reason := why_not(optimizer)):
+        raise ValueError(f"`shard=True`: {reason}")
     inner = getattr(optimizer, "inner_optimizer", None)
-    if inner and (isinstance(inner, _Distributed) or inner.gradient_accumulation_steps):
+    if inner and (isinstance(inner, Averaging) or inner.gradient_accumulation_steps):
         raise ValueError(
             "`optimizer` wraps an optimizer that is distributed already or accumulates gradients; "
             "workers could disagree on which update to skip. Wrap a LossScaleOptimizer around a "
             "plain optimizer, without `gradient_accumulation_steps`. Received: "
             f"inner_optimizer={inner!r}"
-        )
-
-
-class _Distributed(CountsUpdates):
-    def _clip_gradients(self, grads):
-        # Keras comes here once an update, after accumulation and before clipping and the update.
-        return super()._clip_gradients(self._reduce(grads, self))
-
-    def apply(self, grads, trainable_variables=None):
-        grads = list(grads)
-        self._compare(grads, trainable_variables)
-        super().apply(grads, trainable_variables)
-
-    def _compare(self, grads, variables):
-        """Refuses what would make the workers wait for each other for ever, in the first update.
-
-        Elastic workers are not compared: one that joins has a first update of its own.
-        """
-        _check_context()
-        if self._are_compared or os.environ.get("HOROVOD_ELASTIC") == "1":
-            return
-        variables = self._trainable_variables if variables is None else list(variables)
-        own = [i for i, g in enumerate(grads) if g is not None]
-        with tf.init_scope():  # what has a gradient is known while a graph is traced
-            first, *others = allgather_object(own)
-        for worker, found in enumerate(others, 1):
-            if odd := sorted(set(first) ^ set(found)):
-                has, lacks = (0, worker) if odd[0] in first else (worker, 0)
-                name = name_of(variables[odd[0]]) if odd[0] < len(variables) else odd[0]
-                raise ValueError(
-                    f"Variable '{name}' has a gradient on worker {has} and none on worker {lacks} "
-                    f"({len(odd)} such variables): they would wait for each other for ever."
-                )
-        object.__setattr__(self, "_are_compared", True)
-
-    def _reduce(self, grads, optimizer):
-        dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
-        # Only NLCG has a loss to average, and only where its settings need one.
-        loss = getattr(optimizer, "update_loss", None)
-        extra = [*self._average_with, *([] if loss is None else [loss])]
-        averages = average(
-            [*(self._compress(g) for g in dense), *(tf.convert_to_tensor(x) for x in extra)]
-        )
-        for variable, x in zip(extra, averages[len(dense) :]):
-            variable.assign(x)
-        averages = iter([tf.cast(x, g.dtype) for x, g in zip(averages, dense)])
-        return [None if g is None else next(averages) for g in grads]
-
-    def _compress(self, gradient):
-        if self._wire_dtype is None or gradient.dtype != tf.float32:
-            return gradient
-        return tf.cast(gradient, self._wire_dtype)
-
-    def __setattr__(self, name, value):
-        if name == "loss_scale_factor" and value is None:
-            raise ValueError(
-                "Keras' LossScaleOptimizer cannot wrap a distributed optimizer: each worker would "
-                "decide for itself which update to skip. Under mixed_float16 use "
-                "`DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))`."
-            )
-        super().__setattr__(name, value)
-
-
-class _DistributedLossScale(_Distributed):
-    """Averages before the gradients are checked, so that all workers skip the same updates."""
-
-    def apply(self, grads, trainable_variables=None):
-        grads = list(grads)
-        self._compare(grads, trainable_variables)
-        super().apply(self._reduce(grads, self.inner_optimizer), trainable_variables)
-
-
-def _check_context():
-    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
-        tf.compat.v1.get_default_graph()
-    ):
-        raise RuntimeError(
-            "Horovod's operations cannot be compiled by XLA. Use "
-            "`model.compile(..., jit_compile=False)`, or compile the gradients alone."
-        )
-    if tf.distribute.has_strategy():
-        raise RuntimeError(
-            "Horovod cannot be combined with a tf.distribute strategy: start one Horovod "
-            "worker for each device and leave the strategy out."
         )

@@ -1,4 +1,4 @@
-"""Runs all checks of the two files in one process: starting workers costs more than any of them."""
+"""Runs all checks, or those named, in one process: starting workers costs more than any of them."""
 
 import sys
 import traceback
@@ -6,7 +6,7 @@ import traceback
 import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
-from tests.distributed import checks_fit, checks_updates
+from tests.distributed import checks_fit, checks_sharding, checks_updates
 
 
 def main():
@@ -14,8 +14,9 @@ def main():
     tf.config.threading.set_intra_op_parallelism_threads(1)
     assert hvd.size() == 2
     failed = False
-    for name, check in {**vars(checks_updates), **vars(checks_fit)}.items():
-        if name.startswith("check_"):
+    checks = {**vars(checks_updates), **vars(checks_fit), **vars(checks_sharding)}
+    for name, check in checks.items():
+        if name.startswith("check_") and name.endswith(tuple(sys.argv[1:]) or ""):
             try:
                 check()
                 print("passed", name, flush=True)

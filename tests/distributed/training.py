@@ -5,7 +5,7 @@ import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
 from nlcg_tf import NLCG
-from nlcg_tf.horovod.optimizer import _Distributed
+from nlcg_tf.horovod.averaging import Averaging
 from tests.support.problems import (
     paper_nlcg,
 )
@@ -31,7 +31,7 @@ def part_of(x):
 
 
 def trained(optimizer, model, loss, x, y, micro_batches=1, callbacks=(), **compile_arguments):
-    distributed = isinstance(optimizer, _Distributed)
+    distributed = isinstance(optimizer, Averaging)
     if distributed:
         x, y = part_of(x), part_of(y)
     if hvd.rank() == 1 and distributed:

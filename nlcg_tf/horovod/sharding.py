@@ -1,0 +1,220 @@
+"""Optimizers of which each worker keeps and updates a part: ZeRO stage 1.
+
+Source: Rajbhandari, Rasley, Ruwase & He 2020, arXiv 1910.02054, section 5.1. In place of the ring
+all-reduce of the gradients come its two halves: the gradients are reduce-scattered, each worker
+updates its part of the weights with its part of the state, and the weights are gathered.
+"""
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+from keras import optimizers
+
+from nlcg_tf import reductions
+from nlcg_tf.accumulation import CountsUpdates
+from nlcg_tf.horovod.averaging import Averaging
+from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
+from nlcg_tf.horovod.layout import divide
+from nlcg_tf.optimizer import NLCG
+
+# Each element's update depends on that element alone, and on what all share.
+ELEMENTWISE = (
+    NLCG,
+    optimizers.SGD,
+    optimizers.Adam,
+    optimizers.RMSprop,
+    optimizers.Adagrad,
+    optimizers.Adadelta,
+    optimizers.Lion,
+    optimizers.Ftrl,
+)
+
+# Settings whose state has the shapes of the whole variables.
+_OF_THE_WHOLE = ("use_ema", "gradient_accumulation_steps")
+
+
+def why_not(optimizer):
+    """Why an optimizer cannot be divided, in a sentence; `None` where it can."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    is_known = any(isinstance(optimizer, cls) for cls in ELEMENTWISE)
+    if not is_known and not getattr(optimizer, "is_elementwise", False):
+        return (
+            f"{type(optimizer).__name__} is not known to update each element by itself. If it "
+            "does, give its class the attribute `is_elementwise = True`"
+        )
+    for name in ("clipnorm", "lars_coefficient"):
+        if getattr(optimizer, name, None):
+            return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
+    if optimizer.built:
+        return "it has been built already: distribute it before its first use"
+    return None
+
+
+class Parts:
+    """What sums over parts of the parameters need to know; see `reductions.over_workers`."""
+
+    def __init__(self, layouts):
+        self.elements = sum(layout.elements for layout in layouts)
+
+    def sum(self, scalar):
+        return hvd.allreduce(scalar, op=hvd.Sum, name="Horovod_sum_of_parts")
+
+
+class RecordsSlots:
+    """Mixin for a Keras optimizer: what it keeps for each variable, in `recorded_slots`.
+
+    A dict from `(name, position of the variable)` to the optimizer's variable.
+    """
+
+    def build(self, variables):
+        object.__setattr__(self, "recorded_slots", {})
+        super().build(variables)
+
+    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
+        slot = super().add_variable_from_reference(reference_variable, name, initializer)
+        names = [recorded for recorded, _ in self.recorded_slots]
+        self.recorded_slots[name, names.count(name)] = slot
+        return slot
+
+
+class Sharded(RecordsSlots, Averaging):
+    """Mixin for a Keras optimizer; see `DistributedOptimizer(shard=True)`.
+
+    Keras sees the model's variables, the optimizer's own class only this worker's parts of them:
+    one flat variable for each dtype, and, with exceptions from weight decay, for those with and
+    without.
+
+    Attributes:
+        layouts: list of `Layout`.
+        shards: list of variables, this worker's part of the weights of each layout.
+        parts: dict of the recorded slots that hold this worker's part only.
+    """
+
+    def build(self, variables):
+        if self.built:
+            return
+        variables = list(variables)
+        layouts = divide(variables, self._use_weight_decay, hvd.size(), hvd.rank())
+        shards = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
+        kept = {"layouts": layouts, "shards": shards, "recorded_slots": {}}
+        # Not by Keras' `__setattr__`, which would count them as variables of the optimizer.
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+        # Accumulated gradients and averages of the weights are those of the whole variables.
+        optimizers.Optimizer.build(self, variables)
+        whole = dict(self.recorded_slots)
+        settings = {name: getattr(self, name) for name in _OF_THE_WHOLE}
+        self.built, self.use_ema, self.gradient_accumulation_steps = False, False, None
+        super().build(shards)
+        for name, value in settings.items():
+            setattr(self, name, value)
+        object.__setattr__(self, "_trainable_variables", variables)
+        object.__setattr__(self, "parts", self.recorded_slots)
+        object.__setattr__(self, "recorded_slots", {**whole, **self.parts})
+        for slot in self.parts.values():
+            slot.is_part = True  # what compares and broadcasts variables passes over it
+
+    def save_own_variables(self, store):
+        """Refused: a worker has a part only."""
+        raise RuntimeError(
+            "This optimizer is sharded, each worker has a part of its state. Save inside of "
+            "`with nlcg_tf.horovod.gathered(model)`, which all workers enter."
+        )
+
+    def load_own_variables(self, store):
+        """Restores this worker's part of a whole state; to be called on every worker."""
+        from nlcg_tf.horovod.whole import take_own_part, whole_optimizer
+
+        if not self.built:
+            super().load_own_variables(store)  # Keras warns that there are no slots yet
+            return
+        whole = whole_optimizer(self)
+        whole.load_own_variables(store)
+        take_own_part(self, whole)
+
+    def _new_shard(self, number, layout, variables):
+        part = layout.own_part([variables[i].value for i in layout.indices])
+        return keras.Variable(part, dtype=layout.dtype, name=f"shard_{number}")
+
+    def _use_weight_decay(self, variable):
+        for shard, layout in zip(getattr(self, "shards", ()), getattr(self, "layouts", ())):
+            if variable is shard or variable is shard.value:  # Keras asks with either
+                return layout.decays
+        return super()._use_weight_decay(variable)
+
+    def apply(self, grads, trainable_variables=None):
+        grads = list(grads)
+        if trainable_variables is not None and self.built:
+            # The vector's order, whatever order they come in.
+            trainable_variables = list(trainable_variables)
+            self._check_variables_are_known(trainable_variables)
+            pairs = sorted(
+                zip(grads, trainable_variables), key=lambda pair: self._get_variable_index(pair[1])
+            )
+            grads, trainable_variables = [list(x) for x in zip(*pairs)] if pairs else ([], [])
+        variables = trainable_variables or self._trainable_variables
+        for gradient, variable in zip(grads, variables):
+            if gradient is None:
+                raise ValueError(
+                    f"`shard=True` needs a gradient of every variable, '{name_of(variable)}' has "
+                    "none. Freeze its layer (`trainable = False`) before the optimizer is built"
+                )
+        if self.built and len(grads) != len(self._trainable_variables):
+            raise ValueError(
+                "`shard=True` updates all variables together. Received: gradients of "
+                f"{len(grads)} of {len(self._trainable_variables)} variables"
+            )
+        super().apply(grads, trainable_variables)
+
+    def _reduce(self, grads, optimizer):
+        """This worker's parts of the mean gradients, in place of the gradients."""
+        extra = self._averaged_scalars(optimizer)
+        if extra:
+            means = average([tf.convert_to_tensor(x) for x in extra])
+            for variable, mean in zip(extra, means):
+                variable.assign(mean)
+        parts = []
+        for layout in self.layouts:
+            own = [tf.convert_to_tensor(grads[i]) for i in layout.indices]
+            vector = self._compress(layout.flatten([tf.cast(g, layout.dtype) for g in own]))
+            part = tf.reshape(reduce_scatter(vector), [layout.length])
+            begin, end = layout.range()
+            parts.append(tf.cast(part, layout.dtype)[: end - begin])
+        return parts
+
+    def _clip_gradients(self, grads):
+        if not self.global_clipnorm:
+            return super()._clip_gradients(grads)
+        parts = self._reduce(grads, self)
+        with reductions.over_workers(Parts(self.layouts)):
+            dtype = keras.backend.result_type(*(x.dtype for x in parts))
+            norm = tf.sqrt(reductions.sum_all([tf.cast(x * x, dtype) for x in parts]))
+        scale = self.global_clipnorm / tf.maximum(norm, self.global_clipnorm)
+        # As Keras': a norm that is not finite makes gradients that are not.
+        scale = tf.where(tf.math.is_finite(norm), scale, float("nan"))
+        return [x * tf.cast(scale, x.dtype) for x in parts]
+
+    def _apply_weight_decay(self, variables):
+        # Keras calls it with the model's variables; their parts decay in the update.
+        if variables is getattr(self, "shards", None):
+            super()._apply_weight_decay(variables)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        weights = [v.value for v in self._trainable_variables]
+        for layout, shard in zip(self.layouts, self.shards):
+            shard.assign(layout.own_part([weights[i] for i in layout.indices]))
+        with reductions.over_workers(Parts(self.layouts)):
+            self._apply_weight_decay(self.shards)
+            super()._backend_update_step(grads, self.shards, learning_rate)
+        for layout, shard in zip(self.layouts, self.shards):
+            vector = gather(layout.fill(tf.convert_to_tensor(shard)))
+            for i, value in zip(layout.indices, layout.restore(vector)):
+                weights[i].assign(value)
+
+
+class AgreeingLossScale(CountsUpdates):
+    """Mixin for Keras' `LossScaleOptimizer` around a `Sharded` optimizer: all skip together."""
+
+    def check_finite(self, grads):
+        overflowed = tf.cast(~super().check_finite(grads), tf.float32)
+        return hvd.allreduce(overflowed, op=hvd.Sum, name="Horovod_overflows") == 0

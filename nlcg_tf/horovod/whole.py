@@ -1,0 +1,152 @@
+"""The whole state of a sharded optimizer: in the layout of one that was never divided."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import horovod.tensorflow as hvd
+import keras
+import tensorflow as tf
+
+from nlcg_tf.horovod.collectives import broadcast, gather
+from nlcg_tf.horovod.sharding import RecordsSlots, Sharded
+
+
+@contextlib.contextmanager
+def gathered(model: keras.Model) -> Iterator[None]:
+    """Context in which worker 0 can save a model with a sharded optimizer; all workers enter it.
+
+    >>> with hvd.gathered(model):
+    ...     if hvd.rank() == 0:
+    ...         model.save("model.keras")
+
+    Raises:
+        ValueError: if the model's optimizer is not sharded, or not built.
+    """
+    sharded = model.optimizer
+    whole = gather_optimizer(sharded)
+    if whole is not None:
+        model.optimizer = whole
+    try:
+        yield
+    finally:
+        model.optimizer = sharded
+
+
+def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Gathers a sharded optimizer's state on worker 0; to be called on all workers.
+
+    Slot by slot: besides the whole state in its host memory, worker 0 holds one slot, and so do the
+    others for a moment.
+
+    Args:
+        optimizer: made by `DistributedOptimizer(shard=True)`, and built.
+
+    Returns:
+        On worker 0 an optimizer of the plain class with the state, elsewhere `None`.
+
+    Raises:
+        ValueError: for another optimizer.
+    """
+    whole = whole_optimizer(optimizer) if hvd.rank() == 0 else None
+    inner = _sharded(optimizer)
+    for name, number in sorted(inner.parts):
+        layout = inner.layouts[number]
+        vector = gather(layout.fill(tf.convert_to_tensor(inner.parts[name, number])))
+        if whole is not None:
+            with tf.device("CPU:0"):
+                for i, value in zip(layout.indices, layout.restore(vector)):
+                    _plain(whole).recorded_slots[name, i].assign(value)
+    if whole is not None:
+        for own, of_whole in _shared_state(optimizer, whole):
+            of_whole.assign(own)
+    return whole
+
+
+def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None:
+    """Gives a sharded optimizer the state that worker 0 has; to be called on all workers.
+
+    Args:
+        optimizer: made by `DistributedOptimizer(shard=True)`, and built.
+        whole: on worker 0 what `whole_optimizer` or `gather_optimizer` made; elsewhere `None`.
+
+    Raises:
+        ValueError: for another optimizer.
+    """
+    inner = _sharded(optimizer)
+    for name, number in sorted(inner.parts):
+        layout = inner.layouts[number]
+        if hvd.rank() == 0:
+            slots = _plain(whole).recorded_slots
+            vector = layout.flatten([slots[name, i].value for i in layout.indices])
+        else:
+            vector = tf.zeros([layout.workers * layout.length], layout.dtype)
+        vector = hvd.broadcast(vector, 0, name="Horovod_scatter")
+        begin, end = layout.range()
+        inner.parts[name, number].assign(vector[begin:end])
+    if whole is not None:
+        for own, of_whole in _shared_state(optimizer, whole):
+            own.assign(of_whole)
+    broadcast(optimizer.variables)
+
+
+def take_own_part(optimizer: keras.optimizers.Optimizer, whole: Any) -> None:
+    """Gives a sharded optimizer its part of a whole state that this worker has.
+
+    Args:
+        optimizer: as in `gather_optimizer`.
+        whole: of `whole_optimizer`.
+    """
+    inner = _sharded(optimizer)
+    for (name, number), part in inner.parts.items():
+        layout, slots = inner.layouts[number], _plain(whole).recorded_slots
+        part.assign(layout.own_part([slots[name, i].value for i in layout.indices]))
+    for own, of_whole in _shared_state(optimizer, whole):
+        own.assign(of_whole)
+
+
+def whole_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """An optimizer of the plain class for the same variables, in host memory, in its first state.
+
+    Raises:
+        ValueError: if `optimizer` is not sharded, or not built.
+    """
+    variables = _sharded(optimizer)._trainable_variables
+    copy = optimizer.__class__.from_config(optimizer.get_config())  # the plain classes
+    inner = _plain(copy)
+    cls = type(inner)
+    members = {"__class__": property(lambda self: cls)}
+    inner.__class__ = type(cls.__name__, (RecordsSlots, cls), members)
+    with tf.device("CPU:0"):
+        copy.build(variables)
+    return copy
+
+
+def _shared_state(optimizer, whole):
+    """Pairs of variables, of the sharded and of the plain optimizer, that hold the same."""
+    inner, plain = _sharded(optimizer), _plain(whole)
+    pairs = [
+        (slot, plain.recorded_slots[key])
+        for key, slot in inner.recorded_slots.items()
+        if key not in inner.parts
+    ]
+    rest = []
+    for one, slots in ((optimizer, inner.recorded_slots), (whole, plain.recorded_slots)):
+        known = {id(slot) for slot in slots.values()}
+        rest.append([v for v in one.variables if id(v) not in known])
+    # What has a row for each variable is known for this division alone.
+    return [*pairs, *((a, b) for a, b in zip(*rest) if a.shape == b.shape)]
+
+
+def _plain(optimizer):
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _sharded(optimizer):
+    inner = _plain(optimizer)
+    if not issubclass(type(inner), Sharded) or not inner.built:
+        raise ValueError(
+            "`optimizer` must be made by `DistributedOptimizer(shard=True)` and built. Received: "
+            f"optimizer={optimizer!r}"
+        )
+    return inner

@@ -1,0 +1,193 @@
+"""Two workers of which each keeps a part of the optimizer's state; run by run_checks.py."""
+
+import tempfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import nlcg_tf.horovod as hvd
+from nlcg_tf import NLCG
+from nlcg_tf.horovod.whole import gather_optimizer, scatter_optimizer
+from tests.distributed.training import UPDATES, expect, make, part_of
+from tests.support.problems import flat, regression_data, regression_model, relative_difference
+
+# Each form of the update, and each argument of Keras' that sees whole variables; the sizes, 41
+# weights in 4 variables, do not divide by two.
+CASES = {
+    "blended": {},
+    "fletcher_reeves": {"weight_decay": 0.01},
+    "polak_ribiere": {"global_clipnorm": 0.5},
+    "rms": {"use_ema": True, "ema_momentum": 0.8, "gradient_accumulation_steps": 2},
+    "momentum": {"weight_decay": 0.01, "global_clipnorm": 0.5},
+    "adamw": {"clipvalue": 0.05},
+}
+
+
+def optimizer_of(name, **arguments):
+    if name == "rms":
+        return NLCG(0.05, preconditioner="rms", **arguments)
+    if name == "adamw":
+        return keras.optimizers.AdamW(0.01, **arguments)
+    return make(name, **arguments)
+
+
+def model_of(dtype):
+    model = regression_model(units=8, dtype=dtype)
+    model.layers[-1].bias.assign([0.1])
+    return model
+
+
+def train(model, optimizer, updates=UPDATES):
+    """Updates with this worker's half of each of two micro-batches, or of the batch twice."""
+    x, y = regression_data(dtype=model.variables[0].dtype)
+    x, y = np.split(x, 2), np.split(y, 2)
+
+    @tf.function
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
+            scaled = optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+
+    for _ in range(updates // 2):
+        for half_x, half_y in zip(x, y):
+            for _ in range(optimizer.gradient_accumulation_steps or 1):
+                step(part_of(half_x), part_of(half_y))
+    return model
+
+
+def distributed(name, shard, arguments):
+    optimizer = optimizer_of(name, **arguments)
+    if "weight_decay" in arguments:
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+    return hvd.DistributedOptimizer(optimizer, shard=shard)
+
+
+def check_sharded_updates_equal_those_of_whole_state():
+    for dtype, bound in (("float64", 1e-13), ("float32", 1e-6)):
+        keras.config.set_floatx(dtype)
+        for name, arguments in CASES.items():
+            optimizers = [distributed(name, shard, arguments) for shard in (False, True)]
+            models = [train(model_of(dtype), optimizer) for optimizer in optimizers]
+            states = [[*m.variables] for m in models]
+            if "use_ema" in arguments:
+                for state, optimizer in zip(states, optimizers):
+                    state += optimizer._model_variables_moving_average
+            difference = relative_difference(*(flat(state) for state in reversed(states)))
+            assert difference < bound, (dtype, name, difference)
+            hvd.check_identical([*models[1].variables, *optimizers[1].variables])
+            # Each worker has its part of each slot, and they differ in size by one at most.
+            own = [sum(v.shape[0] for v in optimizers[1].parts.values())]
+            sizes = np.array(hvd.allgather_object(own)).ravel()
+            slots = optimizers[1].parts
+            kinds = len({slot for slot, _ in slots})
+            assert sizes.sum() == kinds * 49, (name, sizes)
+            assert abs(np.diff(sizes)) <= len(slots)
+    keras.config.set_floatx("float32")
+
+
+def check_sharded_state_is_that_of_the_whole():
+    """Gathered, it is the state of an optimizer that was never divided; scattered, it goes on."""
+    keras.config.set_floatx("float64")
+    for name in ("blended", "rms", "adamw"):
+        arguments = CASES[name]
+        plain = distributed(name, False, arguments)
+        model = train(model_of("float64"), plain, 10)
+        sharded = distributed(name, True, arguments)
+        divided = train(model_of("float64"), sharded, 10)
+        whole = gather_optimizer(sharded)
+        assert (whole is None) == (hvd.rank() == 1)
+        if whole is not None:
+            assert [v.shape for v in whole.variables] == [v.shape for v in plain.variables]
+            found, expected = (
+                flat(v for v in o.variables if "observed" not in v.name) for o in (whole, plain)
+            )
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+        other = distributed(name, True, arguments)
+        other.build(divided.trainable_variables)
+        scatter_optimizer(other, whole)
+        relative = relative_difference(
+            flat(train(divided, other, 10).weights), flat(train(model, plain, 10).weights)
+        )
+        assert relative < 1e-13, (name, relative)
+    keras.config.set_floatx("float32")
+
+
+def check_a_saved_model_has_the_whole_state():
+    """Saved by worker 0, it is loaded as a plain one, or by each worker as its own part."""
+    folder = tempfile.mkdtemp() if hvd.rank() == 0 else None
+    path = hvd.broadcast_object(folder) + "/model.keras"
+    model = model_of("float32")
+    model.compile(optimizer=distributed("blended", True, {}), loss="mse")
+    train(model, model.optimizer, 4)
+    expect(RuntimeError, "is sharded.*gathered", model.save, path + ".part.keras")
+    with hvd.gathered(model):
+        if hvd.rank() == 0:
+            model.save(path)
+    hvd.allgather_object("saved")
+    loaded = keras.models.load_model(path)
+    assert type(loaded.optimizer) is NLCG
+    other = model_of("float32")
+    other.compile(optimizer=distributed("blended", True, {}), loss="mse")
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(path)
+    for key, part in model.optimizer.parts.items():
+        np.testing.assert_array_equal(other.optimizer.parts[key], part)
+    ends = [
+        flat(train(m, o, 4).weights)
+        for m, o in ((model, model.optimizer), (other, other.optimizer))
+    ]
+    np.testing.assert_array_equal(*ends)
+    plain = hvd.DistributedOptimizer(loaded.optimizer)
+    difference = relative_difference(flat(train(loaded, plain, 4).weights), ends[0])
+    assert difference < 1e-6, difference
+
+
+def check_sharded_workers_skip_an_overflow_together():
+    model = model_of("float32")
+    inner = NLCG(0.05)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
+    optimizer = hvd.DistributedOptimizer(optimizer, shard=True)
+    before = flat(model.weights)
+    for rank, is_skipped in ((1, True), (None, False)):
+        inner.observe_loss(tf.constant(1.0))
+        value = np.inf if rank == hvd.rank() else 1.0
+        gradients = [tf.fill(v.shape, value) for v in model.trainable_variables]
+        optimizer.apply(gradients, model.trainable_variables)
+        assert (flat(model.weights) == before).all() == is_skipped
+        hvd.check_identical([*model.variables, *optimizer.variables])
+    assert int(inner.iterations) == 1
+
+
+def check_what_cannot_be_sharded_is_refused():
+    def shard(optimizer, **arguments):
+        return hvd.DistributedOptimizer(optimizer, shard=True, **arguments)
+
+    expect(ValueError, "`clipnorm` needs whole variables", shard, NLCG(clipnorm=1.0))
+    expect(ValueError, "`lars_coefficient`.*0.1", shard, NLCG(lars_coefficient=0.1))
+    expect(ValueError, "Lamb is not known to update each", shard, keras.optimizers.Lamb(0.1))
+    expect(ValueError, "`shard` must be", hvd.DistributedOptimizer, NLCG(), None, (), "yes")
+    optimizer, model = shard(keras.optimizers.SGD(0.1)), model_of("float32")
+    variables = model.trainable_variables
+    gradients = [tf.ones(v.shape) for v in variables]
+    optimizer.apply(gradients, variables)
+    expect(ValueError, "has none. Freeze", optimizer.apply, [None, *gradients[1:]], variables)
+    expect(ValueError, "1 of 4 variables", optimizer.apply, gradients[:1], variables[:1])
+    # In whatever order they come.
+    model.set_weights([np.zeros(v.shape) for v in variables])
+    gradients = [tf.fill(v.shape, float(i)) for i, v in enumerate(variables)]
+    optimizer.apply(gradients[::-1], variables[::-1])
+    for i, variable in enumerate(variables):
+        np.testing.assert_allclose(variable.numpy(), -0.1 * i, rtol=1e-6)
+    expect(ValueError, "built already", shard, plain_built())
+    fused = shard(NLCG(fused=True))
+    fused.observe_loss(1.0)
+    expect(RuntimeError, "`fused=True`: each worker has a part", fused.apply, gradients, variables)
+
+
+def plain_built():
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model_of("float32").trainable_variables)
+    return optimizer
