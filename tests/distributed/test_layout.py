@@ -1,0 +1,48 @@
+"""How variables are divided among workers: nothing is lost, nothing is kept twice."""
+
+import keras
+import numpy as np
+import pytest
+
+from tests.support.launch import needs_horovod
+
+pytestmark = needs_horovod
+SHAPES = [(3, 4), (), (7,), (1, 2, 2)]  # 24 elements
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 7, 24, 100])
+def test_the_parts_of_all_workers_are_the_whole(workers):
+    from nlcg_tf.horovod.layout import divide
+
+    rng = np.random.default_rng(workers)
+    variables = [keras.Variable(rng.normal(size=shape)) for shape in SHAPES]
+    parts = []
+    for rank in range(workers):
+        (layout,) = divide(variables, lambda v: True, workers, rank)
+        vector = layout.flatten([v.value for v in variables])
+        part = layout.own_part([v.value for v in variables])
+        begin, end = layout.range()
+        np.testing.assert_array_equal(part, vector[begin:end])
+        parts.append(layout.fill(part))
+    # As many elements from each worker, as the collectives have it.
+    assert {x.shape[0] for x in parts} == {-(-24 // workers)}
+    np.testing.assert_array_equal(np.concatenate(parts), vector)
+    for value, variable in zip(layout.restore(vector), variables):
+        np.testing.assert_array_equal(value, variable.numpy())
+
+
+def test_kinds_of_variables_are_divided_apart():
+    from nlcg_tf.horovod.layout import divide
+
+    names = ["a", "bias", "c", "bias2"]
+    variables = [
+        keras.Variable(np.ones(3), dtype=dtype, name=name)
+        for name, dtype in zip(names, ["float32", "float32", "float64", "float32"])
+    ]
+    layouts = divide(variables, lambda v: "bias" not in v.name, 2, 1)
+    found = {layout.indices: (layout.dtype, layout.decays, layout.range()) for layout in layouts}
+    assert found == {
+        (0,): ("float32", True, (2, 3)),
+        (1, 3): ("float32", False, (3, 6)),
+        (2,): ("float64", True, (2, 3)),
+    }
