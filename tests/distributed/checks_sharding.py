@@ -145,6 +145,16 @@ def check_a_saved_model_has_the_whole_state():
     assert difference < 1e-6, difference
 
 
+def check_sharded_gradients_can_be_compressed():
+    exact = flat(train(model_of("float32"), distributed("momentum", True, {})).weights)
+    for compression, bound in (("fp16", 0.002), ("bf16", 0.02)):
+        optimizer = hvd.DistributedOptimizer(optimizer_of("momentum"), compression, shard=True)
+        model = train(model_of("float32"), optimizer)
+        difference = relative_difference(flat(model.weights), exact)
+        assert 0 < difference < bound, (compression, difference)
+        hvd.check_identical(model.variables)
+
+
 def check_sharded_workers_skip_an_overflow_together():
     model = model_of("float32")
     inner = NLCG(0.05)
