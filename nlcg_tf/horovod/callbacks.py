@@ -7,6 +7,7 @@ from nlcg_tf.horovod.collectives import (
     average_moving_statistics,
     broadcast,
     check_identical,
+    shared,
     sum_metrics,
 )
 from nlcg_tf.horovod.watch import Watch
@@ -16,7 +17,8 @@ class BroadcastVariables(keras.callbacks.Callback):
     """Starts all workers from the model and optimizer state of worker `root_rank`.
 
     Raises:
-        ValueError: when training begins, if the model is not built yet.
+        ValueError: when training begins, if the model is not built yet; on all workers, if a
+            sharded optimizer's saved state was not loaded on all of them.
     """
 
     def __init__(self, root_rank: int = 0) -> None:
@@ -33,7 +35,20 @@ class BroadcastVariables(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
-        broadcast([*self.model.variables, *optimizer.variables], self.root_rank)
+        variables = [*self.model.variables, *optimizer.variables]
+        if len(shared(variables)) < len(variables):
+            self._check_parts(optimizer)
+        broadcast(variables, self.root_rank)
+
+    def _check_parts(self, optimizer):
+        """What a sharded optimizer has on a worker cannot be made up for by another."""
+        counts = hvd.allgather_object(int(keras.ops.convert_to_numpy(optimizer.iterations)))
+        if len(set(counts)) > 1:
+            each = ", ".join(f"worker {rank}: {n}" for rank, n in enumerate(counts))
+            raise ValueError(
+                "The workers' parts of the optimizer are after unequal numbers of updates "
+                f"({each}). Load the saved state on every worker, or use `hvd.scatter_optimizer`."
+            )
 
 
 class WatchWorkers(keras.callbacks.Callback):

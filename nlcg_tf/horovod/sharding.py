@@ -5,6 +5,8 @@ all-reduce of the gradients come its two halves: the gradients are reduce-scatte
 updates its part of the weights with its part of the state, and the weights are gathered.
 """
 
+import os
+
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
@@ -45,6 +47,8 @@ def why_not(optimizer):
     for name in ("clipnorm", "lars_coefficient"):
         if getattr(optimizer, name, None):
             return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        return "elastic workers cannot have parts yet: those of a lost worker would be lost"
     if optimizer.built:
         return "it has been built already: distribute it before its first use"
     return None
@@ -144,6 +148,7 @@ class Sharded(RecordsSlots, Averaging):
 
     def apply(self, grads, trainable_variables=None):
         grads = list(grads)
+        self._compare(grads, trainable_variables)  # before what one worker alone may find wrong
         if trainable_variables is not None and self.built:
             # The vector's order, whatever order they come in.
             trainable_variables = list(trainable_variables)

@@ -2,7 +2,7 @@
 
 Model, schedule, weight decay and optimizers are those of `trainers`, the order of the examples too;
 only the random numbers of the augmentation are JAX's own, drawn by (seed, epoch, index). On a CPU
-Python does the loops: XLA's convolutions take some 40 times as long in a compiled one.
+Python does the loops: XLA's convolutions take tens of times as long in a compiled one.
 """
 
 import functools

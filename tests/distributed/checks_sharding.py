@@ -1,5 +1,6 @@
 """Two workers of which each keeps a part of the optimizer's state; run by run_checks.py."""
 
+import os
 import tempfile
 
 import keras
@@ -135,6 +136,13 @@ def check_a_saved_model_has_the_whole_state():
     other.load_weights(path)
     for key, part in model.optimizer.parts.items():
         np.testing.assert_array_equal(other.optimizer.parts[key], part)
+    if hvd.rank() == 1:
+        other.optimizer.iterations.assign(0)
+    callback = hvd.BroadcastVariables()
+    callback.set_model(other)
+    expect(ValueError, "worker 0: 4, worker 1: 0.*every worker", callback.on_train_begin)
+    other.optimizer.iterations.assign(4)
+    callback.on_train_begin()
     ends = [
         flat(train(m, o, 4).weights)
         for m, o in ((model, model.optimizer), (other, other.optimizer))
@@ -178,11 +186,19 @@ def check_what_cannot_be_sharded_is_refused():
     expect(ValueError, "`clipnorm` needs whole variables", shard, NLCG(clipnorm=1.0))
     expect(ValueError, "`lars_coefficient`.*0.1", shard, NLCG(lars_coefficient=0.1))
     expect(ValueError, "Lamb is not known to update each", shard, keras.optimizers.Lamb(0.1))
+    os.environ["HOROVOD_ELASTIC"] = "1"
+    expect(ValueError, "elastic workers cannot", shard, keras.optimizers.SGD(0.1))
+    del os.environ["HOROVOD_ELASTIC"]
     expect(ValueError, "`shard` must be", hvd.DistributedOptimizer, NLCG(), None, (), "yes")
     optimizer, model = shard(keras.optimizers.SGD(0.1)), model_of("float32")
     variables = model.trainable_variables
     gradients = [tf.ones(v.shape) for v in variables]
     optimizer.apply(gradients, variables)
+    own = [tf.ones(v.shape) for v in variables]
+    if hvd.rank() == 1:
+        own[0] = None
+    odd = shard(keras.optimizers.SGD(0.1))
+    expect(ValueError, "worker 0 and none on worker 1", odd.apply, own, variables)
     expect(ValueError, "has none. Freeze", optimizer.apply, [None, *gradients[1:]], variables)
     expect(ValueError, "1 of 4 variables", optimizer.apply, gradients[:1], variables[:1])
     # In whatever order they come.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.launch import ROOT, environment, run
+from tests.support.launch import ROOT, environment
 from trainers.engine.folder import read_flags, read_json, read_metrics
 
 pytest.importorskip("jax")
@@ -79,11 +79,19 @@ print("worst", worst, np.max(np.abs(logs[0]["loss"] / given["losses"] - 1)))
 """
 
 
-def python(*words, **variables):
-    command = [sys.executable, *map(str, words)]
+def started(*words):
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=600
+        [*map(str, words)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
+
+
+def python(*words):
+    return started(sys.executable, *words)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +145,7 @@ def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
     assert python(*command, f"--folder={folder}", "--minutes=1e-6").returncode == 75
     # As if the kernels had been checked by an earlier call.
     (tmp_path / "kernels.txt").write_text("exit status 0")
-    result = run([ROOT / "scripts" / "on_gpu.sh", data, tmp_path, "--minutes=9"])
+    result = started(ROOT / "scripts" / "on_gpu.sh", data, tmp_path, "--minutes=9")
     assert result.returncode == 0, result.stderr
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         sent = {pathlib.PurePath(name).name for name in archive.getnames()}
