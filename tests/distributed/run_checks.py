@@ -14,10 +14,8 @@ def main():
     tf.config.threading.set_intra_op_parallelism_threads(1)
     assert hvd.size() == 2
     failed = False
-    checks, wanted = (
-        {**vars(checks_updates), **vars(checks_fit), **vars(checks_sharding)},
-        sys.argv[1:],
-    )
+    checks = {**vars(checks_updates), **vars(checks_fit), **vars(checks_sharding)}
+    wanted = sys.argv[1:]
     for name, check in checks.items():
         if name in wanted or (name.startswith("check_") and not wanted):
             try:
