@@ -168,7 +168,8 @@ class Stages:
             (w_i - w_i * decay * self.learning_rate if decay else w_i) + size_i * step_i
             for w_i, step_i, size_i, decay in zip(self.w, self.step, sizes, weight_decays)
         ]
-        self.new["cosine"] = _cosine(self.g, self.step)
+        squares = dot(self.g, self.g), dot(self.step, self.step)
+        self.new["cosine"] = cosine(dot(self.g, self.step), *squares)
         # Nothing changes if anything is not finite.
         checked = [*self.g, self.alpha]
         self.applied = all_finite(checked if self.loss is None else [*checked, self.loss])
@@ -212,6 +213,7 @@ def _trust_ratio(optimizer, w, step):
     return ops.where(norm > 0, ratio, ops.ones_like(ratio))
 
 
-def _cosine(g, step):
-    norms = ops.sqrt(dot(g, g)) * ops.sqrt(dot(step, step))
-    return ops.where(norms > 0, -dot(g, step) / norms, ops.zeros_like(norms))
+def cosine(slope, gradient_square, step_square):
+    """Of the angle between the step and the negative gradient, from g'd, g'g and d'd."""
+    norms = ops.sqrt(gradient_square) * ops.sqrt(step_square)
+    return ops.where(norms > 0, -slope / norms, ops.zeros_like(norms))

@@ -16,6 +16,7 @@ from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.composed import COUNTS, REALS
 from nlcg_tf.configurable import check_choice, check_number
 from nlcg_tf.observed_loss import ObservesLoss
+from nlcg_tf.reductions import are_divided
 from nlcg_tf.saving import KnowsItsLayout
 
 loss_scaling.forward_loss_to_inner_optimizer()
@@ -148,7 +149,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             name: self.add_optimizer_variables(var_list, name, keras.initializers.Constant(value))
             for name, value in initial.items()
         }
-        if uses_steps and not self.nesterov:
+        if uses_steps and not self.nesterov and not are_divided():
             # For each variable sum(g_prev d) and sum(d h d) of its last update, each in two parts
             # of this type that make up a double. Only the fused op keeps them; -1: not known.
             self.curvature_sums = self._add_state(

@@ -42,8 +42,8 @@ def over_workers(parts):
     """Context in which each worker holds a part of the parameters, and sums run over all.
 
     Args:
-        parts: object with `elements`, how many there are in all parts, and with `sum(scalar)`,
-            from a sum over this worker's part to one over all.
+        parts: object with `elements`, how many there are in all parts, and with `sum(x)`, from
+            sums over this worker's part to those over all.
     """
     token = _parts.set(parts)
     try:
@@ -57,10 +57,15 @@ def are_divided():
     return _parts.get() is not None
 
 
+def sum_of_parts(own):
+    """From sums over this worker's part to those over all parts."""
+    return _parts.get().sum(own)
+
+
 def sum_all(xs):
     """The sum of all elements of a list of tensors."""
     own = ops.sum(ops.stack([total(x) for x in xs]))
-    return _parts.get().sum(own) if are_divided() else own
+    return sum_of_parts(own) if are_divided() else own
 
 
 def dot(xs, ys):
@@ -76,4 +81,4 @@ def count(xs):
 def all_finite(tensors):
     """True where no element of any tensor is infinite or NaN: a scalar boolean tensor."""
     finite = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in tensors]))
-    return _parts.get().sum(ops.cast(~finite, "float32")) == 0 if are_divided() else finite
+    return sum_of_parts(ops.cast(~finite, "float32")) == 0 if are_divided() else finite

@@ -122,6 +122,11 @@ flags.DEFINE_enum(
     ["none", "fp16", "bf16"],
     "Gradients between workers in 16 bits.",
 )
+flags.DEFINE_bool(
+    free("shard_optimizer"),
+    False,
+    "Each worker keeps and updates its part of the optimizer's state only.",
+)
 flags.DEFINE_bool(free("dry_run"), False, "Print what the run would do and need, and end.")
 flags.DEFINE_integer(free("workers"), None, "With --dry_run: how many to assume.", lower_bound=1)
 flags.DEFINE_integer(

@@ -139,6 +139,20 @@ enum CurvatureSum { kCheck, kYs, kShs, kSlope };
 enum DirectionSum { kFresh = 1, kInverse, kMid, kGg, kNewSlope, kOldSlope, kQq, kQd, kDd };
 enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 
+// `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
+enum Sweep { kSweepCurvature, kSweepDirection, kSweepStep, kSweepLars };
+
+// What one call does of an update. Where each worker has a part of the parameters, a sweep's sums have
+// to be summed over all workers before the next sweep: then a call does one, after it has worked out
+// anew what the sums of those before tell. The other pointers are like those of the update.
+constexpr int kAllSweeps = -1;
+struct Turn {
+  int sweep = kAllSweeps;
+  double elements = 0;                   // in all parts; for one sweep
+  const double* known[kSweepStep] = {};  // for one sweep: the sums of those before, over all parts
+  double* sums = nullptr;                // for one sweep: where its sums over this part go
+};
+
 // What one sweep tells the next; the new scalars wait here until the update is known to be done.
 template <typename T>
 struct Stage {
@@ -415,6 +429,23 @@ NLCG_HOST_DEVICE void FinishStep(const Settings& settings, int real_count, const
   if (UsesBfgs(settings) && !stage->first && !stage->accepted) counts[kRejected] += 1;
 }
 
+// After any sweep.
+template <typename T>
+NLCG_HOST_DEVICE void Finish(const Settings& settings, int sweep, double elements, const Sums& sums,
+                             Stage<T>* stage, T* reals, int64_t* counts) {
+  if (sweep == kSweepStep) {
+    FinishStep(settings, RealCount(settings), sums, stage, reals, counts);
+  } else if (!stage->skip && sweep == kSweepCurvature) {
+    FinishCurvature(settings, reals, counts, sums, stage);
+  } else if (!stage->skip) {
+    FinishDirection(settings, reals, counts, elements, sums, stage);
+  }
+}
+
+NLCG_HOST_DEVICE int FirstSweep(const Settings& settings) {
+  return UsesBfgs(settings) ? kSweepCurvature : kSweepDirection;
+}
+
 // After sweep 3, for one variable and the sums over it alone: what its next step and the next sweep 1
 // need. A double is kept as two numbers of type T.
 template <typename T>
@@ -452,12 +483,13 @@ NLCG_HOST_DEVICE bool SumsAreKept(const Variable<T>& v) {
 using ParallelFor =
     std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>&)>;
 
-// One update on the CPU. All pointers but those that may be null point to `size` elements, no two of
-// those that are written overlap. Returns whether the update was done, not skipped.
+// One update on the CPU, or a sweep of one. All pointers but those that may be null point to `size`
+// elements, no two of those that are written overlap. Returns whether the weights were updated: not
+// skipped, and not left to a later turn. The cosine of a turn is that of its own part.
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                  T learning_rate, T loss, T* reals, int64_t* counts,
-                 const ParallelFor& parallel_for);
+                 const ParallelFor& parallel_for, const Turn& turn = {});
 
 }  // namespace nlcg
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import keras
 
+from nlcg_tf.composed import COUNTS, REALS, cosine
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
-from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS
-from nlcg_tf.reductions import are_divided
+from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS, uses_steps
+from nlcg_tf.reductions import are_divided, count, sum_of_parts
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
 BUILD_COMMAND = "python -m nlcg_tf.fused.build"
@@ -91,8 +92,6 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util
 
-    if are_divided():
-        return "each worker has a part of the parameters only (shard=True)"
     if tf.distribute.has_strategy():
         return "a tf.distribute strategy is active"
     if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
@@ -145,7 +144,8 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     with tf.device("CPU:0"):  # where the op reads them; on a GPU they would have to be fetched
         vector = tf.constant(_settings_vector(optimizer), tf.float64)
         weight_decays = tf.constant(weight_decays, tf.float64)
-    module.nlcg_update(
+    run = functools.partial(
+        module.nlcg_update,
         weights=[v.handle for v in variables["weights"]],
         slots=packed,
         reals=variables["reals"].handle,
@@ -164,6 +164,28 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         nesterov=optimizer.nesterov,
         line_search=LINE_SEARCHES[type(optimizer.line_search)],
     )
+    if are_divided():
+        _update_part(run, optimizer, variables)
+    else:
+        run(known_sums=[])
+
+
+def _update_part(run, optimizer, variables):
+    """A sweep a call: between two of them this worker's sums become those over all parts."""
+    import tensorflow as tf
+
+    sweeps = ["curvature"] if uses_steps(optimizer.preconditioner) else []
+    known = []
+    for sweep in [*sweeps, "direction", "step"]:
+        sums = run(sweep=sweep, known_sums=known, elements=count(variables["weights"]))
+        known.append(sum_of_parts(sums))
+    # The op could tell the cosine over its own part only.
+    reals = tf.convert_to_tensor(variables["reals"])
+    applied = variables["counts"][COUNTS.index("last_update_applied")] == 1
+    new = tf.cast(cosine(*tf.unstack(known[-1][:3])), reals.dtype)
+    place = REALS.index("cosine")
+    new = tf.where(applied, new, reals[place])
+    variables["reals"].assign(tf.tensor_scatter_nd_update(reals, [[place]], [new]))
 
 
 def _settings_vector(optimizer):

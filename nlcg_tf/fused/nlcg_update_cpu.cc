@@ -340,9 +340,6 @@ NLCG_HOST_DEVICE Sums Run(Body body, int64_t begin, int64_t end) {
   return body.Result();
 }
 
-// `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
-enum Sweep { kSweepCurvature, kSweepDirection, kSweepStep, kSweepLars };
-
 template <typename T>
 NLCG_HOST_DEVICE Sums RunCurvature(const Settings& settings, const Previous<T>& previous,
                                    const Variable<T>& v, T step, int64_t begin, int64_t end) {
@@ -437,7 +434,7 @@ struct Chunk {
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                  T learning_rate, T loss, T* reals, int64_t* counts,
-                 const ParallelFor& parallel_for) {
+                 const ParallelFor& parallel_for, const Turn& turn) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < variables.size(); ++i) {
     for (int64_t begin = 0; begin < variables[i].size; begin += kChunk) {
@@ -465,32 +462,35 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
     return total;
   };
 
-  double elements = 0;
-  for (const Variable<T>& v : variables) elements += v.size;
+  double elements = turn.elements;
+  if (turn.sweep == kAllSweeps) {
+    for (const Variable<T>& v : variables) elements += v.size;
+  }
   Begin(settings, reals, counts, learning_rate, loss, &stage);
-  if (!stage.skip && UsesBfgs(settings)) {
-    FinishCurvature(settings, reals, counts, sweep(kSweepCurvature), &stage);
-  }
-  if (!stage.skip) {
-    FinishDirection(settings, reals, counts, elements, sweep(kSweepDirection), &stage);
-  }
-  Sums total = {};
-  if (!stage.skip) {
-    total = sweep(kSweepStep);
-    if (settings.lars_coefficient > 0 || KeepsSums(settings)) {
-      std::vector<Sums> own(variables.size());
-      for (size_t i = 0; i < chunks.size(); ++i) Add(sums[i], &own[chunks[i].variable]);
-      for (size_t i = 0; i < variables.size(); ++i) FinishVariable(settings, own[i], variables[i]);
+  for (int kind = FirstSweep(settings); kind <= kSweepStep; ++kind) {
+    Sums total = {};
+    if (kind < turn.sweep) {
+      std::memcpy(&total, turn.known[kind], sizeof(total));
+    } else if (!stage.skip) {
+      total = sweep(Sweep(kind));
     }
-    if (settings.lars_coefficient > 0) sweep(kSweepLars);
+    if (kind == turn.sweep) std::memcpy(turn.sums, &total, sizeof(total));
+    if (kind == turn.sweep && kind != kSweepStep) return false;
+    Finish(settings, kind, elements, total, &stage, reals, counts);
   }
-  FinishStep(settings, RealCount(settings), total, &stage, reals, counts);
-  return !stage.skip;
+  if (stage.skip) return false;
+  if (settings.lars_coefficient > 0 || KeepsSums(settings)) {
+    std::vector<Sums> own(variables.size());
+    for (size_t i = 0; i < chunks.size(); ++i) Add(sums[i], &own[chunks[i].variable]);
+    for (size_t i = 0; i < variables.size(); ++i) FinishVariable(settings, own[i], variables[i]);
+  }
+  if (settings.lars_coefficient > 0) sweep(kSweepLars);
+  return true;
 }
 
 template bool UpdateOnCpu<float>(const Settings&, const std::vector<Variable<float>>&, float, float,
-                                 float*, int64_t*, const ParallelFor&);
+                                 float*, int64_t*, const ParallelFor&, const Turn&);
 template bool UpdateOnCpu<double>(const Settings&, const std::vector<Variable<double>>&, double,
-                                  double, double*, int64_t*, const ParallelFor&);
+                                  double, double*, int64_t*, const ParallelFor&, const Turn&);
 
 }  // namespace nlcg

@@ -2,7 +2,7 @@
 // partial sums in fixed order. No TensorFlow here, and no wait for the device: the scalars stay there.
 //
 // Launches for n variables: ceil(n / 46) for the table, then 4, or 6 with BFGS; one more with LARS
-// scaling.
+// scaling. For one sweep of an update: the table, one if there were others before, and 2.
 
 #include <cuda_runtime.h>
 
@@ -86,9 +86,6 @@ __device__ int FindVariable(const Entry<T>* table, int count, int64_t chunk) {
   }
   return low;
 }
-
-// `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
-enum Sweep { kSweepCurvature, kSweepDirection, kSweepStep, kSweepLars };
 
 // The part of a variable that a block works on.
 template <typename T>
@@ -283,12 +280,30 @@ __device__ Sums SumChunks(const Sums* sums, int64_t first, int64_t last, double*
   return BlockSums<kSumThreads>(mine, shared);
 }
 
+// The scalars of an update; pointers to the device.
+template <typename T>
+struct Scalars {
+  const T *learning_rate, *loss;
+  T* reals;
+  int64_t* counts;
+};
+
+// What the sums of the sweeps before this turn tell, worked out anew.
+template <typename T>
+__global__ void RecallKernel(Settings settings, Turn turn, Scalars<T> scalars, Stage<T>* stage) {
+  Begin(settings, scalars.reals, scalars.counts, *scalars.learning_rate, *scalars.loss, stage);
+  for (int kind = FirstSweep(settings); kind < turn.sweep; ++kind) {
+    Sums known;
+    for (int i = 0; i < kSums; ++i) known.of[i] = turn.known[kind][i];
+    Finish(settings, kind, turn.elements, known, stage, scalars.reals, scalars.counts);
+  }
+}
+
 // Block 0 adds up the chunks of a sweep and does the scalar work that follows it. After sweep 3 there
 // is a block for each variable besides: its LARS factor, and its sums for the next update.
 template <typename T, int kSweep, int kPreconditioner>
 __global__ void __launch_bounds__(kSumThreads)
-    FinishKernel(Settings settings, Scratch<T> scratch, double elements, const T* learning_rate,
-                 const T* loss, T* reals, int64_t* counts) {
+    FinishKernel(Settings settings, Turn turn, Scratch<T> scratch, Scalars<T> scalars) {
   __shared__ double shared[kSumThreads];
   Stage<T>* stage = scratch.stage;
   const bool is_first = kSweep == (kPreconditioner == kBfgs ? kSweepCurvature : kSweepDirection);
@@ -302,39 +317,48 @@ __global__ void __launch_bounds__(kSumThreads)
   }
   const Sums total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
   if (threadIdx.x != 0) return;
-  if (is_first) Begin(settings, reals, counts, *learning_rate, *loss, stage);
-  if (kSweep == kSweepStep) {
-    FinishStep(settings, RealCount(settings), total, stage, reals, counts);
-  } else if (!stage->skip && kSweep == kSweepCurvature) {
-    FinishCurvature(settings, reals, counts, total, stage);
-  } else if (!stage->skip) {
-    FinishDirection(settings, reals, counts, elements, total, stage);
+  if (is_first) {
+    Begin(settings, scalars.reals, scalars.counts, *scalars.learning_rate, *scalars.loss, stage);
   }
+  if (kSweep == turn.sweep) {
+    // A sweep that was skipped left nothing to add up.
+    for (int i = 0; i < kSums; ++i) turn.sums[i] = stage->skip ? 0 : total.of[i];
+    if (kSweep != kSweepStep) return;
+  }
+  Finish(settings, kSweep, turn.elements, total, stage, scalars.reals, scalars.counts);
 }
 
-// All launches of an update but those that write the table.
+// All launches of a turn but those that write the table.
 template <typename T, int kPreconditioner>
-void Launch(const Settings& settings, const Scratch<T>& scratch, double elements,
-            const T* learning_rate, const T* loss, T* reals, int64_t* counts, cudaStream_t stream) {
+void Launch(const Settings& settings, const Turn& turn, const Scratch<T>& scratch,
+            const Scalars<T>& scalars, cudaStream_t stream) {
   const int blocks = static_cast<int>(scratch.chunks);
   const bool keeps = settings.lars_coefficient > 0 || KeepsSums(settings);
-#define NLCG_SWEEP(kind)                                             \
-  if (blocks > 0) {                                                  \
-    SweepKernel<T, kind, kPreconditioner>                            \
-        <<<blocks, kThreads, 0, stream>>>(settings, scratch, reals); \
+  const auto has = [&turn](int kind) { return turn.sweep == kAllSweeps || turn.sweep == kind; };
+#define NLCG_SWEEP(kind)                                                     \
+  if (blocks > 0) {                                                          \
+    SweepKernel<T, kind, kPreconditioner>                                    \
+        <<<blocks, kThreads, 0, stream>>>(settings, scratch, scalars.reals); \
   }
-#define NLCG_FINISH(kind, extra_blocks)                                                   \
-  FinishKernel<T, kind, kPreconditioner><<<1 + (extra_blocks), kSumThreads, 0, stream>>>( \
-      settings, scratch, elements, learning_rate, loss, reals, counts)
-  if (kPreconditioner == kBfgs) {
+#define NLCG_FINISH(kind, extra_blocks)  \
+  FinishKernel<T, kind, kPreconditioner> \
+      <<<1 + (extra_blocks), kSumThreads, 0, stream>>>(settings, turn, scratch, scalars)
+  if (turn.sweep > FirstSweep(settings)) {
+    RecallKernel<T><<<1, 1, 0, stream>>>(settings, turn, scalars, scratch.stage);
+  }
+  if (kPreconditioner == kBfgs && has(kSweepCurvature)) {
     NLCG_SWEEP(kSweepCurvature);
     NLCG_FINISH(kSweepCurvature, 0);
   }
-  NLCG_SWEEP(kSweepDirection);
-  NLCG_FINISH(kSweepDirection, 0);
-  NLCG_SWEEP(kSweepStep);
-  NLCG_FINISH(kSweepStep, keeps ? scratch.count : 0);
-  if (settings.lars_coefficient > 0) NLCG_SWEEP(kSweepLars);
+  if (has(kSweepDirection)) {
+    NLCG_SWEEP(kSweepDirection);
+    NLCG_FINISH(kSweepDirection, 0);
+  }
+  if (has(kSweepStep)) {
+    NLCG_SWEEP(kSweepStep);
+    NLCG_FINISH(kSweepStep, keeps ? scratch.count : 0);
+    if (settings.lars_coefficient > 0) NLCG_SWEEP(kSweepLars);
+  }
 #undef NLCG_SWEEP
 #undef NLCG_FINISH
 }
@@ -356,7 +380,7 @@ size_t GpuScratchBytes(const std::vector<Variable<T>>& variables) {
 template <typename T>
 const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                         const T* learning_rate, const T* loss, T* reals, int64_t* counts,
-                        void* scratch_memory, void* stream_pointer) {
+                        void* scratch_memory, void* stream_pointer, const Turn& turn) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   char* memory = static_cast<char*>(scratch_memory);
   Scratch<T> scratch;
@@ -386,12 +410,14 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   flush();
   if (scratch.chunks > 2147483647) return "too many elements for one grid";
 
-  double elements = 0;
-  for (const Variable<T>& v : variables) elements += v.size;
+  Turn all = turn;
+  if (turn.sweep == kAllSweeps) {
+    for (const Variable<T>& v : variables) all.elements += v.size;
+  }
   const auto launch = UsesBfgs(settings)                ? Launch<T, kBfgs>
                       : settings.preconditioner == kRms ? Launch<T, kRms>
                                                         : Launch<T, kIdentity>;
-  launch(settings, scratch, elements, learning_rate, loss, reals, counts, stream);
+  launch(settings, all, scratch, {learning_rate, loss, reals, counts}, stream);
   return Describe(cudaGetLastError());
 }
 
@@ -403,9 +429,10 @@ const char* CopyOnGpu(void* to, const void* from, size_t bytes, void* stream) {
 template size_t GpuScratchBytes<float>(const std::vector<Variable<float>>&);
 template size_t GpuScratchBytes<double>(const std::vector<Variable<double>>&);
 template const char* UpdateOnGpu<float>(const Settings&, const std::vector<Variable<float>>&,
-                                        const float*, const float*, float*, int64_t*, void*, void*);
+                                        const float*, const float*, float*, int64_t*, void*, void*,
+                                        const Turn&);
 template const char* UpdateOnGpu<double>(const Settings&, const std::vector<Variable<double>>&,
                                          const double*, const double*, double*, int64_t*, void*,
-                                         void*);
+                                         void*, const Turn&);
 
 }  // namespace nlcg

@@ -21,7 +21,7 @@ struct Layout {
   int singles;  // variables that there are once, not for each of the weights
   bool keeps_gradient, has_diagonal, has_ratios, has_sums;
   struct {
-    int slots, gradients, learning_rate, loss, settings, weight_decays;
+    int slots, gradients, learning_rate, loss, settings, weight_decays, known_sums;
   } input;
   struct {
     int directions, previous, diagonals, reals, counts, ratios, sums, end;
@@ -40,6 +40,7 @@ struct Layout {
     input.loss = input.learning_rate + 1;
     input.settings = input.loss + 1;
     input.weight_decays = input.settings + 1;
+    input.known_sums = input.weight_decays + 1;
     variable.directions = n;
     variable.previous = 2 * n;
     variable.diagonals = (2 + keeps_gradient) * n;
@@ -151,6 +152,12 @@ absl::Status ReadInputs(OpKernelContext* ctx, const Layout& layout, nlcg::Settin
   const int64_t decays = ctx->input(input.weight_decays).NumElements();
   if (decays != layout.n) {
     return Invalid("NlcgUpdate: ", decays, " weight_decays for ", layout.n, " weights");
+  }
+  for (int i = input.known_sums; i < ctx->num_inputs(); ++i) {
+    if (ctx->input(i).shape() != TensorShape({nlcg::kSums})) {
+      return Invalid("NlcgUpdate: known_sums must be vectors of ", nlcg::kSums, ", got ",
+                     ctx->input(i).shape().DebugString());
+    }
   }
   const Tensor& slots = ctx->input(input.slots);
   if (slots.dims() != 1 || slots.NumElements() != layout.slots) {

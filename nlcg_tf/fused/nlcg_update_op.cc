@@ -33,9 +33,12 @@ REGISTER_OP("NlcgUpdate")
     .Input("loss: T")
     .Input("settings: double")
     .Input("weight_decays: double")
+    .Input("known_sums: k * double")
+    .Output("sums: double")
     .Attr("n: int >= 0")
     .Attr("r: int >= 0")
     .Attr("c: int >= 0")
+    .Attr("k: int >= 0 = 0")
     .Attr("preconditioner: {'none', 'bfgs', 'normalized_bfgs', 'rms'}")
     .Attr("T: {float, double}")
     .Attr("positions: list(int)")
@@ -43,6 +46,8 @@ REGISTER_OP("NlcgUpdate")
     .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere', 'blended'}")
     .Attr("nesterov: bool")
     .Attr("line_search: {'none', 'online', 'step'}")
+    .Attr("sweep: {'all', 'curvature', 'direction', 'step'} = 'all'")
+    .Attr("elements: int >= 0 = 0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle unused;
@@ -56,6 +61,7 @@ REGISTER_OP("NlcgUpdate")
         TF_RETURN_IF_ERROR(c->input(name, &shapes));
         TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 1, &unused));
       }
+      c->set_output(0, c->Vector(nlcg::kSums));
       return absl::OkStatus();
     })
     .Doc(R"doc(
@@ -67,12 +73,18 @@ slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or an
 reals: vector variable of type T: what the enum Real in nlcg_update.h lists.
 counts: int64 vector variable: updates, skipped, rejected, last update applied.
 trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
-curvature_sums: one variable of type T and shape (variables, 4) with BFGS and without `nesterov`,
-  otherwise none.
+curvature_sums: one variable of type T and shape (variables, 4) with BFGS and without `nesterov`, or
+  none; otherwise none.
 settings: epsilon, LARS coefficient, momentum of the blended rule, decay of the preconditioner, then
   the line search's settings.
 weight_decays: one for each variable.
 positions: where each variable stands in `trust_ratios` and `curvature_sums`.
+known_sums: for one sweep, what those before it gave as `sums`, added up over all workers.
+sums: for one sweep its sums over these variables, otherwise of no meaning.
+sweep: which part of the update to do, for workers of which each has a part of the parameters: with BFGS
+  "curvature", "direction" and "step" in this order, otherwise the last two. All other inputs are the
+  same each time. The cosine that "step" leaves in `reals` is that of these variables alone.
+elements: for one sweep how many elements the variables of all workers have.
 keep_slots: whether the kernel remembers the slots, for a graph that is run again and again.
 )doc");
 
@@ -143,13 +155,16 @@ template <typename Device, typename T>
 class NlcgUpdateOp : public OpKernel {
  public:
   explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    int n, r, c;
-    std::string preconditioner, rule, line_search;
+    int n, r, c, k;
+    std::string preconditioner, rule, line_search, sweep;
     settings_ = {};
     OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("preconditioner", &preconditioner));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("c", &c));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("k", &k));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("sweep", &sweep));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("elements", &elements_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("nesterov", &settings_.nesterov));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("keep_slots", &keep_slots_));
@@ -167,10 +182,24 @@ class NlcgUpdateOp : public OpKernel {
                                                     : nlcg::kNoLineSearch;
     OP_REQUIRES(ctx, n >= 1, Invalid("NlcgUpdate: there is no variable"));
     OP_REQUIRES(ctx, r <= 1, Invalid("NlcgUpdate: at most one trust_ratios, got ", r));
-    OP_REQUIRES(ctx, c == nlcg::KeepsSums(settings_),
-                Invalid("NlcgUpdate: curvature_sums must be one variable with BFGS and without "
-                        "nesterov, otherwise none, got ",
+    OP_REQUIRES(ctx, c <= nlcg::KeepsSums(settings_),
+                Invalid("NlcgUpdate: curvature_sums must be at most one variable with BFGS and "
+                        "without nesterov, otherwise none, got ",
                         c));
+    sweep_ = sweep == "curvature"   ? nlcg::kSweepCurvature
+             : sweep == "direction" ? nlcg::kSweepDirection
+             : sweep == "step"      ? nlcg::kSweepStep
+                                    : nlcg::kAllSweeps;
+    const int before = sweep == "all" ? 0 : sweep_ - nlcg::FirstSweep(settings_);
+    OP_REQUIRES(
+        ctx, before >= 0,
+        Invalid("NlcgUpdate: preconditioner '", preconditioner, "' has no sweep '", sweep, "'"));
+    OP_REQUIRES(ctx, k == before,
+                Invalid("NlcgUpdate: sweep '", sweep, "' needs ", before, " known_sums, got ", k));
+    OP_REQUIRES(
+        ctx, sweep == "all" || (r == 0 && c == 0),
+        Invalid("NlcgUpdate: trust_ratios and curvature_sums are of whole variables, sweep '",
+                sweep, "' of parts"));
     OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n,
                 Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n, " weights"));
     layout_ = Layout(settings_, n, r == 1, c == 1);
@@ -189,10 +218,13 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES_OK(ctx, CheckVariables<T>(ctx, layout_, settings, positions_, vars));
     Adopted adopted = AdoptGradients(ctx);
     OP_REQUIRES_OK(ctx, CopyShared(ctx, vars, adopted));
-    const bool applied = Device::Update(
-        ctx, settings, KernelVariables(ctx, vars, adopted),
-        Scalar(ctx, layout_.input.learning_rate), Scalar(ctx, layout_.input.loss),
-        Data<T>(vars[layout_.variable.reals]), Data<int64_t>(vars[layout_.variable.counts]));
+    Tensor* sums = nullptr;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({nlcg::kSums}), &sums));
+    const bool applied =
+        Device::Update(ctx, settings, KernelVariables(ctx, vars, adopted),
+                       Scalar(ctx, layout_.input.learning_rate), Scalar(ctx, layout_.input.loss),
+                       Data<T>(vars[layout_.variable.reals]),
+                       Data<int64_t>(vars[layout_.variable.counts]), MakeTurn(ctx, sums));
     if (applied) KeepAdopted(vars, &adopted);
   }
 
@@ -261,9 +293,22 @@ class NlcgUpdateOp : public OpKernel {
     return absl::OkStatus();
   }
 
+  nlcg::Turn MakeTurn(OpKernelContext* ctx, Tensor* sums) const {
+    nlcg::Turn turn;
+    turn.sweep = sweep_;
+    turn.elements = elements_;
+    turn.sums = sums->flat<double>().data();
+    const int first = nlcg::FirstSweep(settings_);
+    for (int i = first; i < sweep_; ++i) {
+      turn.known[i] = ctx->input(layout_.input.known_sums + i - first).flat<double>().data();
+    }
+    return turn;
+  }
+
   Adopted AdoptGradients(OpKernelContext* ctx) const {
     Adopted adopted(layout_.n);
-    if (!Device::kKnowsOutcome || !layout_.keeps_gradient) return adopted;
+    const bool is_last = sweep_ == nlcg::kAllSweeps || sweep_ == nlcg::kSweepStep;
+    if (!Device::kKnowsOutcome || !layout_.keeps_gradient || !is_last) return adopted;
     for (int i = 0; i < layout_.n; ++i) {
       const int gradient = layout_.input.gradients + i;
       adopted[i] = ctx->forward_input(gradient, OpKernelContext::Params::kNoReservation,
@@ -345,6 +390,8 @@ class NlcgUpdateOp : public OpKernel {
 
   Layout layout_;
   bool keep_slots_;
+  int sweep_;
+  int64_t elements_;
   std::vector<int64_t> positions_;
   nlcg::Settings settings_;
   mutex mu_;

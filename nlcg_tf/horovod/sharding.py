@@ -60,8 +60,8 @@ class Parts:
     def __init__(self, layouts):
         self.elements = sum(layout.elements for layout in layouts)
 
-    def sum(self, scalar):
-        return hvd.allreduce(scalar, op=hvd.Sum, name="Horovod_sum_of_parts")
+    def sum(self, x):
+        return hvd.allreduce(x, op=hvd.Sum, name="Horovod_sum_of_parts")
 
 
 class RecordsSlots:
@@ -109,7 +109,8 @@ class Sharded(RecordsSlots, Averaging):
         whole = dict(self.recorded_slots)
         settings = {name: getattr(self, name) for name in _OF_THE_WHOLE}
         self.built, self.use_ema, self.gradient_accumulation_steps = False, False, None
-        super().build(shards)
+        with reductions.over_workers(Parts(layouts)):
+            super().build(shards)
         for name, value in settings.items():
             setattr(self, name, value)
         object.__setattr__(self, "_trainable_variables", variables)

@@ -132,7 +132,8 @@ def _shared_state(optimizer, whole):
     ]
     rest = []
     for one, slots in ((optimizer, inner.recorded_slots), (whole, plain.recorded_slots)):
-        known = {id(slot) for slot in slots.values()}
+        # A worker's part has no `curvature_sums`: in the whole state they are not known.
+        known = {id(slot) for slot in [*slots.values(), getattr(_plain(one), "curvature_sums", 0)]}
         rest.append([v for v in one.variables if id(v) not in known])
     # What has a row for each variable is known for this division alone.
     return [*pairs, *((a, b) for a, b in zip(*rest) if a.shape == b.shape)]

@@ -4,11 +4,15 @@ import importlib.util
 import json
 import pathlib
 import re
+import shutil
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.support.launch import ROOT, TRAINER, has_mpi, horovodrun, mpirun, needs_horovod, run
+from tests.trainers import kill_test
 
 FILES = sorted(pathlib.Path(__file__).parent.glob("checks_*.py"))
 CHECKS = [name for f in FILES for name in re.findall(r"^def (check_\w+)", f.read_text(), re.M)]
@@ -68,12 +72,46 @@ def test_memory_does_not_grow_with_the_batch(tmp_path):
 
 
 @needs_horovod
-def test_killed_runs_end_as_if_they_had_been_left_alone(tmp_path):
-    """A short version of the script: two kills, two workers, the same bits at the end."""
-    command = ["-m", "tests.trainers.kill_test", "--kills=2", "--epochs=15", "--seed=1"]
-    result = run([sys.executable, *command, "--workers", "2", "--folder", tmp_path])
+@pytest.mark.parametrize("flags", [[], ["--shard_optimizer"]], ids=["whole", "sharded"])
+def test_killed_runs_end_as_if_they_had_been_left_alone(flags, tmp_path):
+    """A short version of the script: a kill, two workers, the same bits at the end."""
+    command = ["-m", "tests.trainers.kill_test", "--kills=1", "--epochs=15", "--seed=1"]
+    command += ["--workers", "2", "--folder", tmp_path, "--", *kill_test.TRAINING, *flags]
+    result = run([sys.executable, *command])
     assert result.returncode == 0, result.stderr[-4000:]
-    assert "2 worker(s): 2 kills" in result.stdout and "bit for bit" in result.stdout
+    assert "2 worker(s): 1 kills" in result.stdout and "bit for bit" in result.stdout
+
+
+@needs_horovod
+def test_a_run_goes_on_with_its_optimizer_divided_otherwise(tmp_path):
+    """Whole on one worker, sharded on two, and the other way round: one layout of checkpoints."""
+    command = [*TRAINER, "--epochs=2", "--checkpoint_steps=5", "--keep_checkpoints=9"]
+    command += ["--global_batch_size=128", "--per_worker_batch_size=64"]
+
+    def weights(folder):
+        newest = sorted((folder / "checkpoints").iterdir())[-1]
+        assert newest.name == "update-00000022-epoch-0002"
+        reader = tf.train.load_checkpoint(str(newest / "state"))
+        shapes = reader.get_variable_to_shape_map()
+        names = sorted(name for name in shapes if name.startswith("averages"))
+        return shapes, np.concatenate([reader.get_tensor(name).ravel() for name in names])
+
+    whole, folder = tmp_path / "whole", tmp_path / "divided"
+    assert run([*command, f"--output_dir={whole}"]).returncode == 0
+    shapes, expected = weights(whole)
+    shutil.copytree(whole, folder)
+    for launch, flags, first in ((horovodrun, ["--shard_optimizer"], 10), (run, [], 20)):
+        for path in (folder / "checkpoints").glob("update-*"):
+            if int(path.name[7:15]) > first:
+                shutil.rmtree(path)
+        flags = [*command, *flags, f"--output_dir={folder}"]
+        result = horovodrun(*flags) if launch is horovodrun else run(flags)
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert f"epochs, {first} done" in result.stdout
+        found_shapes, found = weights(folder)
+        assert found_shapes == shapes
+        difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert 0 < difference < 1e-3, difference
 
 
 @needs_horovod

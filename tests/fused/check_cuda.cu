@@ -6,11 +6,35 @@
 
 namespace {
 
+// `one_by_one`: a call for each sweep, as workers do of which each has a part of the parameters.
+template <typename T>
+const char* UpdateBySweeps(const nlcg::Settings& settings,
+                           const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
+                           const T* loss, T* reals, int64_t* counts, void* scratch, size_t bytes) {
+  double* sums;
+  if (cudaMalloc(reinterpret_cast<void**>(&sums), 3 * sizeof(nlcg::Sums)) != cudaSuccess) {
+    return "out of memory";
+  }
+  nlcg::Turn turn;
+  for (const auto& v : variables) turn.elements += v.size;
+  for (int i = 0; i < nlcg::kSweepStep; ++i) turn.known[i] = sums + nlcg::kSums * i;
+  const char* error = nullptr;
+  for (turn.sweep = nlcg::FirstSweep(settings); turn.sweep <= nlcg::kSweepStep && !error;
+       ++turn.sweep) {
+    turn.sums = sums + nlcg::kSums * turn.sweep;
+    cudaMemset(scratch, 0xFF, bytes);  // nothing is left there for the next sweep
+    error = nlcg::UpdateOnGpu(settings, variables, learning_rate, loss, reals, counts, scratch,
+                              nullptr, turn);
+  }
+  cudaFree(sums);  // waits
+  return error;
+}
+
 // `fresh`: in memory of its own full of NaN, so that a read before a write shows. Otherwise in memory
 // that the calls share, which takes no time; the stream orders them.
 template <typename T>
-const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, T** h,
-                   T** g_prev, T** g, T* ratios, T* sums, const int64_t* sizes,
+const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, int count, T** w,
+                   T** d, T** h, T** g_prev, T** g, T* ratios, T* sums, const int64_t* sizes,
                    const double* weight_decays, const T* learning_rate, const T* loss, T* reals,
                    int64_t* counts) {
   std::vector<nlcg::Variable<T>> variables(count);
@@ -34,8 +58,10 @@ const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w,
     if (cudaMalloc(&scratch, bytes) != cudaSuccess) return "out of memory";
     cudaMemset(scratch, 0xFF, bytes);
   }
-  const char* error =
-      nlcg::UpdateOnGpu(*settings, variables, learning_rate, loss, reals, counts, scratch, nullptr);
+  const char* error = one_by_one ? UpdateBySweeps(*settings, variables, learning_rate, loss, reals,
+                                                  counts, scratch, bytes)
+                                 : nlcg::UpdateOnGpu(*settings, variables, learning_rate, loss,
+                                                     reals, counts, scratch, nullptr);
   if (fresh) {
     cudaFree(scratch);  // waits
   } else if (scratch != shared) {
@@ -51,13 +77,13 @@ const char* Update(const nlcg::Settings* settings, bool fresh, int count, T** w,
 // For the caller, who describes the settings once more.
 extern "C" int nlcg_settings_bytes() { return sizeof(nlcg::Settings); }
 
-#define NLCG_EXPORT(T, name)                                                                       \
-  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, int count, T** w, T** d, \
-                              T** h, T** g_prev, T** g, T* ratios, T* sums, const int64_t* sizes,  \
-                              const double* weight_decays, const T* learning_rate, const T* loss,  \
-                              T* reals, int64_t* counts) {                                         \
-    return Update<T>(settings, fresh, count, w, d, h, g_prev, g, ratios, sums, sizes,              \
-                     weight_decays, learning_rate, loss, reals, counts);                           \
+#define NLCG_EXPORT(T, name)                                                                      \
+  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, bool one_by_one,        \
+                              int count, T** w, T** d, T** h, T** g_prev, T** g, T* ratios,       \
+                              T* sums, const int64_t* sizes, const double* weight_decays,         \
+                              const T* learning_rate, const T* loss, T* reals, int64_t* counts) { \
+    return Update<T>(settings, fresh, one_by_one, count, w, d, h, g_prev, g, ratios, sums, sizes, \
+                     weight_decays, learning_rate, loss, reals, counts);                          \
   }
 NLCG_EXPORT(float, nlcg_update_float32)
 NLCG_EXPORT(double, nlcg_update_float64)

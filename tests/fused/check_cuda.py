@@ -52,6 +52,9 @@ VARIANTS = [
     Variant("normalized_bfgs", lars=1.0, decay=0.5),
     Variant("rms"),
     Variant("rms", nesterov=True, lars=1.0, decay=0.5),
+    Variant(line_search="online", decay=0.5, one_by_one=True),
+    Variant("normalized_bfgs", nesterov=True, one_by_one=True),
+    Variant("rms", nesterov=True, one_by_one=True),
 ]
 # Rule, variant, transfers of the parameter vector (nlcg_update.h).
 # Sizes, updates, types, variants. More than 46 variables take several launches to fill the kernels'
@@ -197,13 +200,13 @@ def main():
         print(name if good else f"{name}  FAILED", flush=True)
 
     print(f"{'sizes':<28} {'type':<8} {'rule':<16} {'preconditioner':<16} ", end="")
-    print(f"{'nesterov':<8} line search  LARS decay   update   scalars")
+    print(f"{'nesterov':<8} line search  LARS decay one by one update   scalars")
     for sizes, updates, types, variants in EMULATED_CASES if arguments.emulate else CASES:
         for dtype, rule, variant in itertools.product(types, RULES, variants):
             name = str(sizes) if len(sizes) < 9 else f"{len(sizes)} x {sizes[0]}"
             name = f"{name:<28} {dtype:<8} {rule:<16} {variant.preconditioner!s:<16} "
             name += f"{variant.nesterov!s:<8} {variant.line_search!s:<12} "
-            name += f"{variant.lars:<4} {variant.decay:<5}  "
+            name += f"{variant.lars:<4} {variant.decay:<5} {variant.one_by_one!s:<10} "
             try:
                 update, scalars = check(device, library, sizes, updates, dtype, rule, variant)
             except AssertionError as error:

@@ -30,6 +30,7 @@ class Variant(NamedTuple):
     line_search: str | None = None
     lars: float = 0.0
     decay: float = 0.0
+    one_by_one: bool = False  # a call for each sweep
 
 
 def _fields(kind, *names):
@@ -127,6 +128,7 @@ class Problem:
         self.decays = variant.decay * (1 + np.arange(len(sizes)) % 3)
         assert library.nlcg_settings_bytes() == ctypes.sizeof(Settings)
         self.settings = Settings(rule, variant)
+        self.one_by_one = variant.one_by_one
         self.function = getattr(library, f"nlcg_update_{dtype}")
         self.function.restype = ctypes.c_char_p
 
@@ -136,6 +138,7 @@ class Problem:
         error = self.function(
             ctypes.byref(self.settings),
             ctypes.c_bool(fresh),
+            ctypes.c_bool(self.one_by_one),
             len(self.sizes),
             *[(ctypes.c_void_p * len(xs))(*map(self.device.pointer, xs)) for xs in lists],
             pointer(self.ratios),

@@ -64,6 +64,44 @@ void UpdateOnThreads(const Settings& settings, double rate, double loss, int thr
   }
 }
 
+// The same by two workers of which each has half of each variable, a sweep at a time.
+template <typename T>
+void UpdateInHalves(const Settings& settings, double rate, double loss, Buffers<T>* b) {
+  std::vector<nlcg::Variable<T>> halves[2];
+  double elements = 0;
+  for (nlcg::Variable<T> v : b->Variables(settings, false)) {
+    elements += v.size;
+    v.curvature_sums = nullptr;
+    nlcg::Variable<T> rest = v;
+    v.size /= 2;
+    for (T** x : {&rest.w, &rest.d, &rest.h, &rest.g_prev_out}) *x += *x != nullptr ? v.size : 0;
+    for (const T** x : {&rest.g, &rest.g_prev}) *x += *x != nullptr ? v.size : 0;
+    rest.size -= v.size;
+    halves[0].push_back(v);
+    halves[1].push_back(rest);
+  }
+  if (settings.line_search == nlcg::kNoLineSearch) b->reals[nlcg::kScale] = 1;
+  auto reals = b->reals;
+  auto counts = b->counts;
+  nlcg::Sums known[3] = {}, sums = {};
+  nlcg::Turn turn;
+  turn.elements = elements;
+  turn.sums = sums.of;
+  for (int i = 0; i < nlcg::kSweepStep; ++i) turn.known[i] = known[i].of;
+  for (turn.sweep = nlcg::FirstSweep(settings); turn.sweep <= nlcg::kSweepStep; ++turn.sweep) {
+    for (int i = 0; i < 2; ++i) {
+      const bool done = nlcg::UpdateOnCpu<T>(
+          settings, halves[i], T(rate), T(loss), i == 0 ? b->reals.data() : reals.data(),
+          i == 0 ? b->counts.data() : counts.data(), Threads(2), turn);
+      CHECK(done == (turn.sweep == nlcg::kSweepStep));
+      for (int j = 0; j < nlcg::kSums; ++j) known[turn.sweep].of[j] += sums.of[j];
+    }
+  }
+  // They agree in all but the cosine, which each can tell of its half only.
+  reals[nlcg::kCosine] = b->reals[nlcg::kCosine];
+  CHECK(reals == b->reals && counts == b->counts);
+}
+
 template <typename T>
 void CheckSameBits(const Buffers<T>& a, const Buffers<T>& b) {
   CHECK(a.All() == b.All());
@@ -114,7 +152,7 @@ void Run(const Settings& settings, const std::vector<int64_t>& sizes, int offset
   const uint32_t seed = random_state;
   Buffers<T> expected(sizes, offset);
   std::vector<Buffers<T>> actual;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     random_state = seed;
     actual.emplace_back(sizes, offset);
   }
@@ -123,15 +161,18 @@ void Run(const Settings& settings, const std::vector<int64_t>& sizes, int offset
     const double loss = 2 + Random(), rate = 0.05;
     const uint32_t gradients = random_state;
     SetGradients(expected.w, &expected);
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       random_state = gradients;
       SetGradients(expected.w, &actual[i]);
-      UpdateOnThreads(settings, rate, loss, threads[i], adopt, &actual[i]);
+      if (i < 3) UpdateOnThreads(settings, rate, loss, threads[i], adopt, &actual[i]);
     }
     Reference<T>(settings, &expected, rate, loss).Update();
     CheckSameBits(actual[0], actual[1]);  // for any number of threads
     CheckSameBits(actual[0], actual[2]);
     CheckAgreement(actual[0], expected);
+    if (settings.lars_coefficient > 0) continue;  // needs whole variables
+    UpdateInHalves(settings, rate, loss, &actual[3]);
+    CheckAgreement(actual[3], expected);
   }
   CheckSkips(settings, &actual[0]);
 }

@@ -47,6 +47,7 @@ class Call:
             "loss": tf.constant(1.0, dtype),
             "settings": _settings(1e-8, lars),
             "weight_decays": tf.zeros(len(SHAPES), tf.float64),
+            "known_sums": [],
             "preconditioner": preconditioner,
             "positions": list(range(len(SHAPES))),
             "update_rule": update_rule,
@@ -86,6 +87,13 @@ def _replace(name, index, value):
     def spoil(call):
         call.arguments[name] = list(call.arguments[name])
         call.arguments[name][index] = value(call)
+
+    return spoil
+
+
+def _sweep(sweep, known):
+    def spoil(call):
+        call.arguments.update(sweep=sweep, known_sums=known, curvature_sums=[], trust_ratios=[])
 
     return spoil
 
@@ -149,7 +157,6 @@ SPOILERS = {
         "trust_ratios", lambda call: [call.keep(tf.Variable(tf.ones(4)))]
     ),
     "a coefficient without ratios": _set("settings", _settings(lars=0.1)),
-    "BFGS without sums": _set("curvature_sums", []),
     "two variables of sums": _set(
         "curvature_sums",
         lambda call: [call.sums[0].handle, call.keep(tf.Variable(tf.zeros((4, 4))))],
@@ -158,7 +165,7 @@ SPOILERS = {
     "sums too narrow": _set(
         "curvature_sums", lambda call: [call.keep(tf.Variable(tf.zeros((4, 3))))]
     ),
-    "sums of another type": _set(
+    "kept sums of another type": _set(
         "curvature_sums", lambda call: [call.keep(tf.Variable(tf.zeros((4, 4), tf.int32)))]
     ),
     "sums that the look-ahead has not": _set("nesterov", True),
@@ -195,6 +202,13 @@ SPOILERS = {
         "slots", lambda call: tf.reshape(tf.stack(call.arguments["slots"]), (3, -1))
     ),
     "no slot handles": _set("slots", _no_handle),
+    "an unknown sweep": _set("sweep", "fourth"),
+    "a sweep of a part beside sums of whole variables": _set("sweep", "curvature"),
+    "a sweep without what the one before found": _sweep("direction", []),
+    "sums of a sweep that is not there": _set("known_sums", [tf.zeros(10, tf.float64)]),
+    "sums of too few numbers": _sweep("direction", [tf.zeros(9, tf.float64)]),
+    "a scalar for sums": _sweep("direction", [tf.zeros((), tf.float64)]),
+    "negative elements": _set("elements", -1),
 }
 
 

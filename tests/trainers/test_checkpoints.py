@@ -18,37 +18,37 @@ def test_elastic_workers_divide_the_same_batch():
 
 def test_checkpoints_are_whole_and_the_newest_whole_one_is_taken(tmp_path):
     a, b = tf.Variable([1.0, 2.0]), tf.Variable(3.0)
-    saved = Checkpoints(tmp_path, keep=2, a=a, b=b)
+    saved = Checkpoints(tmp_path, keep=2)
     assert saved.newest(print) == (None, {})
     for update in (1, 2, 3):
         b.assign(update)
-        saved.save(update, 0, {"record": {"epoch": update}})
+        saved.save(update, 0, {"record": {"epoch": update}}, a=a, b=b)
     names = ["update-00000002-epoch-0000", "update-00000003-epoch-0000"]
     assert [path.name for path in saved.all()] == names
     path, meta = saved.newest(print)
     assert path.name == names[1] and meta["update"] == 3 and meta["record"] == {"epoch": 3}
     a.assign([0.0, 0.0])
-    saved.restore(path)
+    saved.restore(path, a=a, b=b)
     np.testing.assert_array_equal(a.numpy(), [1.0, 2.0])
     for others in ({"a": a}, {"a": a, "b": b, "c": tf.Variable(0.0)}, {"a": tf.Variable([1.0])}):
         with pytest.raises(ValueError, match="does not fit this run"):
-            Checkpoints(tmp_path, **others).restore(path)
+            saved.restore(path, **others)
     # What a killed process left is swept away by the next save; what a user made stays.
     (tmp_path / "partial-00000009-epoch-0000").mkdir()
     of_users = [tmp_path / "update-best", tmp_path / "partial-best"]
     for copy in of_users:
         shutil.copytree(path, copy)
     assert saved.newest(print)[0] == path
-    saved.save(3, 1, {})
+    saved.save(3, 1, {}, a=a)
     assert [path.name[-4:] for path in saved.all()] == ["0000", "0001"]
     assert not list(tmp_path.glob("partial-0*")) and all(copy.is_dir() for copy in of_users)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path):
     """A read error may pass; going on from an older checkpoint would end with its removal."""
-    saved = Checkpoints(tmp_path, a=tf.Variable(1.0))
+    saved = Checkpoints(tmp_path)
     for update in (1, 2):
-        saved.save(update, 0, {})
+        saved.save(update, 0, {}, a=tf.Variable(1.0))
     meta = saved.all()[-1] / "meta.json"
     meta.unlink()
     meta.symlink_to(meta)
@@ -61,10 +61,10 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path):
 )
 def test_a_damaged_checkpoint_is_passed_over(how, tmp_path):
     a = tf.Variable(np.arange(1000.0))
-    saved = Checkpoints(tmp_path, keep=3, a=a)
+    saved = Checkpoints(tmp_path, keep=3)
     for update in (1, 2):
         a.assign_add(tf.ones(1000, a.dtype))
-        saved.save(update, 0, {})
+        saved.save(update, 0, {}, a=a)
     newest = saved.all()[-1]
     data, meta = next(newest.glob("state.data*")), newest / "meta.json"
     file = meta if "meta" in how else data
@@ -85,12 +85,12 @@ def test_a_damaged_checkpoint_is_passed_over(how, tmp_path):
     assert path.name == "update-00000001-epoch-0000"
     assert len(warnings) == 1 and str(newest) in warnings[0] and "damaged" in warnings[0]
     # Training comes to the same update again, and saves it again; or to one before a damaged one.
-    saved.save(2, 0, {})
+    saved.save(2, 0, {}, a=a)
     assert saved.newest(print)[0] == newest
-    saved.save(9, 0, {})
+    saved.save(9, 0, {}, a=a)
     next(saved.all()[-1].glob("state.data*")).unlink()
-    fewer = Checkpoints(tmp_path, keep=1, a=a)
-    fewer.save(6, 0, {})
+    fewer = Checkpoints(tmp_path, keep=1)
+    fewer.save(6, 0, {}, a=a)
     assert [path.name for path in fewer.all()] == ["update-00000006-epoch-0000"]
     for path in saved.all():
         (path / "meta.json").unlink()

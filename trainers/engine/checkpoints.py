@@ -22,13 +22,11 @@ class Checkpoints:
     Args:
         folder: path of the folder that holds them.
         keep: int, how many of the newest stay.
-        **objects: what to save and restore, trackable by TensorFlow: `model=model, ...`.
     """
 
-    def __init__(self, folder, keep=2, **objects):
+    def __init__(self, folder, keep=2):
         self.folder = pathlib.Path(folder)
         self.keep = keep
-        self._checkpoint = tf.train.Checkpoint(**objects)
 
     def all(self):
         """The checkpoints, oldest first, damaged ones too."""
@@ -39,8 +37,12 @@ class Checkpoints:
         places = {path: (int(m[2]), int(m[3])) for path, m in names.items() if m}
         return sorted(places, key=places.get)
 
-    def save(self, update, epoch, meta):
-        """Saves the objects and the JSON object `meta` as the state after so many updates."""
+    def save(self, update, epoch, meta, **objects):
+        """Saves objects and the JSON object `meta` as the state after so many updates.
+
+        Args:
+            **objects: trackable by TensorFlow: `model=model, ...`.
+        """
         name = f"{update:08d}-epoch-{epoch:04d}"
         target, partial = self.folder / f"update-{name}", self.folder / f"partial-{name}"
         if target.exists():
@@ -51,7 +53,7 @@ class Checkpoints:
         for left_over in self._named("partial"):
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
-        self._checkpoint.write(str(partial / STATE))
+        tf.train.Checkpoint(**objects).write(str(partial / STATE))
         digests = {path.name: _digest(path) for path in partial.iterdir()}
         content = json.dumps({**meta, "update": update, "files": digests})
         (partial / META).write_text(json.dumps({"digest": _text_digest(content), "meta": content}))
@@ -88,14 +90,14 @@ class Checkpoints:
             )
         return None, {}
 
-    def restore(self, path):
-        """Restores every object from `path`.
+    def restore(self, path, **objects):
+        """Restores objects, as `save` takes them, from `path`.
 
         Raises:
             ValueError: if what was saved and what is restored differ in any variable.
         """
         try:
-            status = self._checkpoint.read(str(path / STATE))
+            status = tf.train.Checkpoint(**objects).read(str(path / STATE))
             status.assert_consumed()
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:

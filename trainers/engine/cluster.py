@@ -18,7 +18,7 @@ class OneProcess:
     def size(self):
         return 1
 
-    def DistributedOptimizer(self, optimizer, compression=None, average_with=()):
+    def DistributedOptimizer(self, optimizer, compression=None, average_with=(), shard=False):
         return optimizer
 
     def broadcast(self, variables):

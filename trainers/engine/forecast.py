@@ -38,11 +38,12 @@ def forecast(task, plan):
         + f"; last update: {rate(last):.4g}"
     )
     # Besides weights, gradients, their sums and the moving average.
-    vectors = 4 + slots(optimizer(schedule, task.default_line_search))
+    kept = slots(optimizer(schedule, task.default_line_search))
+    vectors = 4 + kept / (plan.workers if FLAGS.shard_optimizer else 1)
     state = 4 * vectors * parameters(model)
     images = plan.per_worker_batch_size * activation_bytes(model)
     lines.append(
-        f"memory of a worker: {state / 2**30:.2f} GiB for {vectors} vectors of the parameters' "
+        f"memory of a worker: {state / 2**30:.2f} GiB for {vectors:.3g} vectors of the parameters' "
         "size (weights, gradients, their sums, moving average, optimizer), about "
         f"{images / 2**30:.2f} GiB for the layers' outputs of a micro-batch, besides TensorFlow's "
         "work space"

@@ -162,7 +162,8 @@ class Loop:
             try:
                 if self.checkpoints is not None:
                     meta = {"identity": self.identity, "record": self.state.record}
-                    self.checkpoints.save(self._done, self._epochs, meta)
+                    objects = self.trainer.objects()
+                    self.checkpoints.save(self._done, self._epochs, meta, **objects)
             except (OSError, tf.errors.OpError) as error:
                 failure = error
         # Horovod: nobody goes on, or leaves, before worker 0 has saved

@@ -63,7 +63,12 @@ def run(task):
         if cluster.rank() == 0:
             print("\n".join(forecast.forecast(task, plan)))
         return
-    trainer = _make_trainer(task, plan, cluster)
+    trainer = failure = None
+    try:
+        trainer = _make_trainer(task, plan, cluster)
+    except ValueError as error:
+        failure = error
+    _end_if_any_failed(failure, OneProcess() if is_elastic() else cluster)
     try:
         if is_elastic():
             # Horovod: called again after each change of workers
@@ -108,7 +113,13 @@ def _make_trainer(task, plan, cluster):
         chosen = keras.optimizers.LossScaleOptimizer(chosen)
     compression = None if FLAGS.compression == "none" else FLAGS.compression
     return Trainer(
-        task.model(), chosen, cluster, FLAGS.jit_compile, compression, FLAGS.label_smoothing
+        task.model(),
+        chosen,
+        cluster,
+        FLAGS.jit_compile,
+        compression,
+        FLAGS.label_smoothing,
+        FLAGS.shard_optimizer,
     )
 
 
@@ -131,14 +142,14 @@ def _train(state, task, trainer, cluster):
     reporter, checkpoints, failure = Silent(), None, None
     if rank == 0:
         try:
+            trainer.make_whole(cluster)
             reporter, checkpoints = _open_folder(state, task, trainer)
         except (ValueError, OSError) as error:
             failure = error
     _end_if_any_failed(failure, cluster)
     # Horovod: all workers start from worker 0's state
-    cluster.broadcast(trainer.state())
-    state.record = cluster.broadcast_object(state.record)
     trainer.share_out(cluster)
+    state.record = cluster.broadcast_object(state.record)
     state.restored = True
 
     def training_batches(epoch, first):
@@ -181,10 +192,9 @@ def _open_folder(state, task, trainer):
     run_folder = folder.RunFolder(path, trainer.plan.epochs)
     run_folder.lock()
     reporter = Reporter(run_folder)
-    objects = trainer.objects()
-    checkpoints = Checkpoints(path / folder.CHECKPOINTS, FLAGS.keep_checkpoints, **objects)
+    checkpoints = Checkpoints(path / folder.CHECKPOINTS, FLAGS.keep_checkpoints)
     if not state.restored:
-        _restore(checkpoints, _identity(task), state, reporter.say)
+        _restore(checkpoints, _identity(task), state, trainer, reporter.say)
     done = int(trainer.updates.numpy())
     described = {"trainer": task.trainer, "classes": task.classes}
     described.update(own_flags(), class_names=task.class_names)
@@ -214,7 +224,7 @@ def _folder_name(task):
     return f"{task.name}-{FLAGS.optimizer}-{FLAGS.global_batch_size}-seed{FLAGS.seed}"
 
 
-def _restore(checkpoints, identity, state, say):
+def _restore(checkpoints, identity, state, trainer, say):
     """Restores the newest whole checkpoint, if there is one.
 
     Raises:
@@ -233,7 +243,7 @@ def _restore(checkpoints, identity, state, say):
             + ", ".join(f"--{name} was {before.get(name)}, is {identity[name]}" for name in changed)
             + ". Choose another --output_dir, or remove this one to start anew"
         )
-    checkpoints.restore(path)
+    checkpoints.restore(path, **trainer.objects())
     state.record = meta["record"]
     say(f"resuming from {path}")
 

@@ -19,10 +19,18 @@ class Trainer:
         jit_compile: whether XLA compiles the forward and backward pass.
         compression: of gradients between workers; see `nlcg_tf.horovod.DistributedOptimizer`.
         label_smoothing: float, how much of each label is spread evenly over all classes.
+        shard: whether each of several workers keeps its part of the optimizer's state only.
     """
 
     def __init__(
-        self, model, optimizer, cluster, jit_compile=False, compression=None, label_smoothing=0.0
+        self,
+        model,
+        optimizer,
+        cluster,
+        jit_compile=False,
+        compression=None,
+        label_smoothing=0.0,
+        shard=False,
     ):
         self.model = model
         self.evaluate = Evaluator(model)
@@ -31,10 +39,12 @@ class Trainer:
         # This update's mean loss, and whether a worker was told to stop.
         self._signals = [tf.Variable(0.0, name=name) for name in ("loss", "stop")]
         # Horovod: average the gradients, and with them the signals
-        self.optimizer = cluster.DistributedOptimizer(optimizer, compression, self._signals)
+        self.optimizer = cluster.DistributedOptimizer(optimizer, compression, self._signals, shard)
         self.optimizer.build(self.weights)
         # In mixed_float16 Keras' LossScaleOptimizer is around it.
         self.inner_optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        self._is_sharded = hasattr(self.inner_optimizer, "parts")  # one process shares with nobody
+        self._whole_optimizer = None  # on worker 0, to be saved or restored
         self.averages = [tf.Variable(v) for v in self.weights]
         self.updates = tf.Variable(0, dtype=tf.int64)
         # Loss, correct and seen examples, summed over the epoch's updates and over this one.
@@ -102,10 +112,10 @@ class Trainer:
             total.assign(tf.zeros_like(total))
 
     def objects(self):
-        """What a checkpoint holds."""
+        """What a checkpoint holds; where the optimizer is sharded, see `gathered` and `share_out`."""
         return {
             "model": self.model,
-            "optimizer": self.optimizer,
+            "optimizer": self._whole_optimizer or self.optimizer,
             "averages": self.averages,
             "updates": self.updates,
             "epoch_sums": self.epoch_sums,
@@ -129,12 +139,28 @@ class Trainer:
         # Horovod: each worker's batch norm saw its own part of each batch
         cluster.average_moving_statistics(self.model)
         self.epoch_sums.assign(cluster.sum_over_workers(self.epoch_sums.numpy().tolist()))
+        if self._is_sharded:
+            self._whole_optimizer = cluster.gather_optimizer(self.optimizer)
         try:
             yield
         finally:
-            self.share_out(cluster)
+            self._whole_optimizer = None
+            self._leave_sums_to_first(cluster)
+
+    def make_whole(self, cluster):
+        """Worker 0 is going to restore `objects()`, before all workers `share_out`."""
+        if self._is_sharded:
+            self._whole_optimizer = cluster.whole_optimizer(self.optimizer)
 
     def share_out(self, cluster):
+        """Gives all workers worker 0's state: of a sharded optimizer to each its part."""
+        if self._is_sharded:
+            cluster.scatter_optimizer(self.optimizer, self._whole_optimizer)
+            self._whole_optimizer = None
+        cluster.broadcast(self.state())
+        self._leave_sums_to_first(cluster)
+
+    def _leave_sums_to_first(self, cluster):
         """Leaves to worker 0 the sums over the epoch, which all hold."""
         if cluster.rank() > 0:
             self.epoch_sums.assign([0.0] * 3)
