@@ -1,17 +1,22 @@
-"""How the variables of a model are divided among workers: one flat vector for each kind of them."""
+"""How the variables of a model are divided among workers: as flat vectors."""
 
 import dataclasses
+import itertools
 import math
 
 import tensorflow as tf
 
+# Elements of a vector of several variables. The memory of much longer ones is given back to the
+# system after each use, and the first touch of new memory takes longer than the arithmetic.
+LONGEST = 2**22
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Variables of one dtype, end to end as one vector, of which each worker has a part.
+    """Variables of one kind, end to end as one vector, of which each worker has a part.
 
-    All parts have the same `length`, but for the last ones, which may end early or be empty: zeros
-    that fill them up are sent, never kept.
+    The parts differ in length by one at most; where there are more workers than elements, some are
+    empty.
 
     Attributes:
         indices: tuple of ints, which of the model's trainable variables these are.
@@ -37,18 +42,19 @@ class Layout:
         return sum(self.sizes)
 
     @property
-    def length(self):
-        return -(-self.elements // self.workers)
+    def lengths(self):
+        """Elements of each worker's part."""
+        ends = [self.elements * i // self.workers for i in range(self.workers + 1)]
+        return [end - begin for begin, end in itertools.pairwise(ends)]
 
     def range(self):
         """First element of this worker's part, and the one after its last."""
-        begin = min(self.rank * self.length, self.elements)
-        return begin, min(begin + self.length, self.elements)
+        begin = sum(self.lengths[: self.rank])
+        return begin, begin + self.lengths[self.rank]
 
     def flatten(self, tensors):
-        """The whole vector, filled up to `workers * length` elements."""
-        fill = tf.zeros([self.workers * self.length - self.elements], self.dtype)
-        return tf.concat([*(tf.reshape(x, [-1]) for x in tensors), fill], axis=0)
+        """The whole vector."""
+        return tf.concat([tf.reshape(x, [-1]) for x in tensors], axis=0)
 
     def own_part(self, tensors):
         """This worker's part of the vector that the tensors make up."""
@@ -60,37 +66,35 @@ class Layout:
             at += size
         return tf.concat(parts, axis=0) if parts else tf.zeros([0], self.dtype)
 
-    def fill(self, part):
-        """A worker's part, filled up to `length` elements."""
-        begin, end = self.range()
-        missing = self.length - (end - begin)
-        return tf.pad(part, [[0, missing]]) if missing else part
-
     def restore(self, vector):
         """The tensors of which `flatten` made a vector."""
-        parts = tf.split(vector[: self.elements], self.sizes)
+        parts = tf.split(vector, self.sizes)
         return [tf.reshape(part, shape) for part, shape in zip(parts, self.shapes)]
 
 
 def divide(variables, decays, workers, rank):
-    """The layouts of a model's trainable variables.
+    """The layouts of a model's trainable variables, in order, each of one dtype and decay.
 
     Args:
         variables: list of Keras variables.
         decays: function of a variable: whether weight decay applies to it.
         workers, rank: ints.
     """
-    kinds = {}
+    groups, open_, elements = [], {}, {}
     for i, variable in enumerate(variables):
-        kinds.setdefault((variable.dtype, decays(variable)), []).append(i)
+        kind, size = (variable.dtype, decays(variable)), math.prod(variable.shape)
+        if kind not in open_ or elements[kind] + size > LONGEST:
+            open_[kind], elements[kind] = [], 0
+            groups.append((kind, open_[kind]))
+        open_[kind].append(i)
+        elements[kind] += size
     return [
         Layout(
             tuple(indices),
             tuple(tuple(variables[i].shape) for i in indices),
-            dtype,
-            decayed,
+            *kind,
             workers,
             rank,
         )
-        for (dtype, decayed), indices in kinds.items()
+        for kind, indices in groups
     ]

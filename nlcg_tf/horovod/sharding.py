@@ -5,10 +5,11 @@ all-reduce of the gradients come its two halves: the gradients are reduce-scatte
 updates its part of the weights with its part of the state, and the weights are gathered.
 """
 
-import os
+import dataclasses
 
 import horovod.tensorflow as hvd
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import optimizers
 
@@ -47,8 +48,6 @@ def why_not(optimizer):
     for name in ("clipnorm", "lars_coefficient"):
         if getattr(optimizer, name, None):
             return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
-    if os.environ.get("HOROVOD_ELASTIC") == "1":
-        return "elastic workers cannot have parts yet: those of a lost worker would be lost"
     if optimizer.built:
         return "it has been built already: distribute it before its first use"
     return None
@@ -117,7 +116,23 @@ class Sharded(RecordsSlots, Averaging):
         object.__setattr__(self, "parts", self.recorded_slots)
         object.__setattr__(self, "recorded_slots", {**whole, **self.parts})
         for slot in self.parts.values():
-            slot.is_part = True  # what compares and broadcasts variables passes over it
+            slot.part_of = self  # what compares and broadcasts variables passes over it
+
+    def divide_anew(self, whole):
+        """Gives the workers that there are now their parts of a whole state.
+
+        Args:
+            whole: dict from the keys of `parts` to whole vectors.
+        """
+        workers = {"workers": hvd.size(), "rank": hvd.rank()}
+        layouts = [dataclasses.replace(layout, **workers) for layout in self.layouts]
+        object.__setattr__(self, "layouts", layouts)
+        for i, (layout, shard) in enumerate(zip(layouts, self.shards)):
+            _resize(shard, np.zeros(layout.lengths[layout.rank], layout.dtype))
+            self._trainable_variables_indices[self._var_key(shard)] = i
+        for (name, number), part in self.parts.items():
+            begin, end = layouts[number].range()
+            _resize(part, whole[name, number][begin:end])
 
     def save_own_variables(self, store):
         """Refused: a worker has a part only."""
@@ -183,9 +198,8 @@ class Sharded(RecordsSlots, Averaging):
         for layout in self.layouts:
             own = [tf.convert_to_tensor(grads[i]) for i in layout.indices]
             vector = self._compress(layout.flatten([tf.cast(g, layout.dtype) for g in own]))
-            part = tf.reshape(reduce_scatter(vector), [layout.length])
-            begin, end = layout.range()
-            parts.append(tf.cast(part, layout.dtype)[: end - begin])
+            part = tf.cast(reduce_scatter(vector, layout.lengths), layout.dtype)
+            parts.append(tf.ensure_shape(part, [layout.lengths[layout.rank]]))
         return parts
 
     def _clip_gradients(self, grads):
@@ -206,16 +220,26 @@ class Sharded(RecordsSlots, Averaging):
             super()._apply_weight_decay(variables)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        self._update_part(grads, learning_rate)
+        vectors = gather([tf.convert_to_tensor(shard) for shard in self.shards])
+        for layout, vector in zip(self.layouts, vectors):
+            for i, value in zip(layout.indices, layout.restore(vector)):
+                self._trainable_variables[i].value.assign(value)
+
+    def _update_part(self, grads, learning_rate):
+        """Updates this worker's part of the weights, in `shards`."""
         weights = [v.value for v in self._trainable_variables]
         for layout, shard in zip(self.layouts, self.shards):
             shard.assign(layout.own_part([weights[i] for i in layout.indices]))
         with reductions.over_workers(Parts(self.layouts)):
             self._apply_weight_decay(self.shards)
             super()._backend_update_step(grads, self.shards, learning_rate)
-        for layout, shard in zip(self.layouts, self.shards):
-            vector = gather(layout.fill(tf.convert_to_tensor(shard)))
-            for i, value in zip(layout.indices, layout.restore(vector)):
-                weights[i].assign(value)
+
+
+def _resize(variable, value):
+    """Gives a Keras variable a value of another length; whoever holds it need not know."""
+    variable._initialize(tf.convert_to_tensor(value))
+    variable._shape = tuple(value.shape)
 
 
 class AgreeingLossScale(CountsUpdates):

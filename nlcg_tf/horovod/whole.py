@@ -52,7 +52,7 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
     inner = _sharded(optimizer)
     for name, number in sorted(inner.parts):
         layout = inner.layouts[number]
-        vector = gather(layout.fill(tf.convert_to_tensor(inner.parts[name, number])))
+        (vector,) = gather([tf.convert_to_tensor(inner.parts[name, number])])
         if whole is not None:
             with tf.device("CPU:0"):
                 for i, value in zip(layout.indices, layout.restore(vector)):
@@ -80,7 +80,7 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
             slots = _plain(whole).recorded_slots
             vector = layout.flatten([slots[name, i].value for i in layout.indices])
         else:
-            vector = tf.zeros([layout.workers * layout.length], layout.dtype)
+            vector = tf.zeros([layout.elements], layout.dtype)
         vector = hvd.broadcast(vector, 0, name="Horovod_scatter")
         begin, end = layout.range()
         inner.parts[name, number].assign(vector[begin:end])

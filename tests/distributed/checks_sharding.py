@@ -1,6 +1,5 @@
 """Two workers of which each keeps a part of the optimizer's state; run by run_checks.py."""
 
-import os
 import tempfile
 
 import keras
@@ -159,6 +158,28 @@ def check_a_saved_model_has_the_whole_state():
     assert difference < 1e-6, difference
 
 
+def check_elastic_workers_divide_the_kept_state():
+    model, optimizer = model_of("float32"), distributed("blended", True, {})
+    train(model, optimizer, 4)
+    state = hvd.ElasticState([*model.variables, *optimizer.variables], update=4)
+    expect(RuntimeError, "before the first state had been shared", state.reset)
+    state.sync()
+    train(model, optimizer, 4)
+    state.save()
+    kept = [np.array(v) for v in [*model.variables, *optimizer.variables]]
+    train(model, optimizer, 4)
+    # A worker is lost, and after that one joins that knows nothing.
+    state.restore()
+    state.reset()
+    if hvd.rank() == 1:
+        state._whole = None
+    state.sync()
+    for value, variable in zip(kept, [*model.variables, *optimizer.variables], strict=True):
+        np.testing.assert_array_equal(value, variable)
+    train(model, optimizer, 4)
+    hvd.check_identical([*model.variables, *optimizer.variables])
+
+
 def check_sharded_gradients_can_be_compressed():
     exact = flat(train(model_of("float32"), distributed("momentum", True, {})).weights)
     for compression, bound in (("fp16", 0.002), ("bf16", 0.02)):
@@ -192,9 +213,6 @@ def check_what_cannot_be_sharded_is_refused():
     expect(ValueError, "`clipnorm` needs whole variables", shard, NLCG(clipnorm=1.0))
     expect(ValueError, "`lars_coefficient`.*0.1", shard, NLCG(lars_coefficient=0.1))
     expect(ValueError, "Lamb is not known to update each", shard, keras.optimizers.Lamb(0.1))
-    os.environ["HOROVOD_ELASTIC"] = "1"
-    expect(ValueError, "elastic workers cannot", shard, keras.optimizers.SGD(0.1))
-    del os.environ["HOROVOD_ELASTIC"]
     expect(ValueError, "`shard` must be", hvd.DistributedOptimizer, NLCG(), None, (), "yes")
     optimizer, model = shard(keras.optimizers.SGD(0.1)), model_of("float32")
     variables = model.trainable_variables

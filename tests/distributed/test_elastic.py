@@ -15,7 +15,7 @@ HOSTS = ("localhost:1\n", "127.0.0.1:1\n")
 class Job:
     """An elastic training whose hosts the test decides."""
 
-    def __init__(self, folder, hosts, epochs):
+    def __init__(self, folder, hosts, epochs, *flags):
         self.hosts, self.run = folder / "hosts", folder / "run"
         self.hosts.write_text("".join(hosts))
         script = folder / "discover.sh"
@@ -24,7 +24,7 @@ class Job:
         command = ["horovodrun", "--gloo", "-np", len(hosts), "--min-np", 1, "--max-np", 2]
         command += ["--network-interfaces", "lo", "--host-discovery-script", script]
         command += [*TRAINER, "--global_batch_size=256", "--per_worker_batch_size=64"]
-        command += [f"--epochs={epochs}", "--log_steps=1", f"--commit_steps={COMMIT_STEPS}"]
+        command += [f"--epochs={epochs}", "--log_steps=1", f"--commit_steps={COMMIT_STEPS}", *flags]
         self.log = folder / "log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -86,7 +86,8 @@ def test_the_first_worker_is_lost(tmp_path):
 
 @needs_horovod
 def test_a_worker_joins_and_is_lost_again(tmp_path):
-    job = Job(tmp_path, HOSTS[:1], epochs=1000)
+    """And the optimizer's state, of which each has a part, is divided anew each time."""
+    job = Job(tmp_path, HOSTS[:1], 1000, "--shard_optimizer")
     job.wait_for_updates(5)
     job.hosts.write_text("".join(HOSTS))
     wait_for(lambda: len(divisions(job.log.read_text())) == 2, job.process, job.log)

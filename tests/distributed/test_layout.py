@@ -23,9 +23,9 @@ def test_the_parts_of_all_workers_are_the_whole(workers):
         part = layout.own_part([v.value for v in variables])
         begin, end = layout.range()
         np.testing.assert_array_equal(part, vector[begin:end])
-        parts.append(layout.fill(part))
-    # As many elements from each worker, as the collectives have it.
-    assert {x.shape[0] for x in parts} == {-(-24 // workers)}
+        parts.append(part)
+        assert layout.lengths[rank] == part.shape[0]
+    assert {x.shape[0] for x in parts} <= {24 // workers, -(-24 // workers)}
     np.testing.assert_array_equal(np.concatenate(parts), vector)
     for value, variable in zip(layout.restore(vector), variables):
         np.testing.assert_array_equal(value, variable.numpy())
@@ -42,7 +42,17 @@ def test_kinds_of_variables_are_divided_apart():
     layouts = divide(variables, lambda v: "bias" not in v.name, 2, 1)
     found = {layout.indices: (layout.dtype, layout.decays, layout.range()) for layout in layouts}
     assert found == {
-        (0,): ("float32", True, (2, 3)),
+        (0,): ("float32", True, (1, 3)),
         (1, 3): ("float32", False, (3, 6)),
-        (2,): ("float64", True, (2, 3)),
+        (2,): ("float64", True, (1, 3)),
     }
+
+
+def test_long_vectors_are_several(monkeypatch):
+    """Memory is given back to the system beyond some length."""
+    from nlcg_tf.horovod import layout
+
+    monkeypatch.setattr(layout, "LONGEST", 10)
+    variables = [keras.Variable(np.ones(n)) for n in (4, 6, 1, 30, 2)]
+    found = layout.divide(variables, lambda v: True, 2, 0)
+    assert [x.indices for x in found] == [(0, 1), (2,), (3,), (4,)]

@@ -158,7 +158,7 @@ class Loop:
     def _save(self):
         failure, saving = None, time.perf_counter()
         self._note_skipped()
-        with self.trainer.gathered(self.cluster):
+        with self.trainer.gathered(self.cluster, with_optimizer=True):
             try:
                 if self.checkpoints is not None:
                     meta = {"identity": self.identity, "record": self.state.record}

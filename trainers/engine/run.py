@@ -142,13 +142,14 @@ def _train(state, task, trainer, cluster):
     reporter, checkpoints, failure = Silent(), None, None
     if rank == 0:
         try:
-            trainer.make_whole(cluster)
+            if not state.restored:
+                trainer.make_whole(cluster)
             reporter, checkpoints = _open_folder(state, task, trainer)
         except (ValueError, OSError) as error:
             failure = error
     _end_if_any_failed(failure, cluster)
     # Horovod: all workers start from worker 0's state
-    trainer.share_out(cluster)
+    trainer.share_out(cluster, is_divided=state.restored)
     state.record = cluster.broadcast_object(state.record)
     state.restored = True
 

@@ -112,7 +112,7 @@ class Trainer:
             total.assign(tf.zeros_like(total))
 
     def objects(self):
-        """What a checkpoint holds; where the optimizer is sharded, see `gathered` and `share_out`."""
+        """What a checkpoint holds; the whole of a sharded optimizer inside of `gathered` only."""
         return {
             "model": self.model,
             "optimizer": self._whole_optimizer or self.optimizer,
@@ -134,12 +134,15 @@ class Trainer:
         return [*self.variables(), self.updates, self.epoch_sums]
 
     @contextlib.contextmanager
-    def gathered(self, cluster):
-        """Context in which each worker holds the state of all, to be saved."""
+    def gathered(self, cluster, with_optimizer=False):
+        """Context in which each worker holds the state of all, to be saved.
+
+        `with_optimizer`: worker 0 also holds the whole of a sharded one.
+        """
         # Horovod: each worker's batch norm saw its own part of each batch
         cluster.average_moving_statistics(self.model)
         self.epoch_sums.assign(cluster.sum_over_workers(self.epoch_sums.numpy().tolist()))
-        if self._is_sharded:
+        if self._is_sharded and with_optimizer:
             self._whole_optimizer = cluster.gather_optimizer(self.optimizer)
         try:
             yield
@@ -148,13 +151,16 @@ class Trainer:
             self._leave_sums_to_first(cluster)
 
     def make_whole(self, cluster):
-        """Worker 0 is going to restore `objects()`, before all workers `share_out`."""
+        """Worker 0 is going to restore `objects()`, before all workers come to `share_out`."""
         if self._is_sharded:
             self._whole_optimizer = cluster.whole_optimizer(self.optimizer)
 
-    def share_out(self, cluster):
-        """Gives all workers worker 0's state: of a sharded optimizer to each its part."""
-        if self._is_sharded:
+    def share_out(self, cluster, is_divided):
+        """Gives all workers worker 0's state.
+
+        `is_divided`: each has its part of a sharded optimizer already.
+        """
+        if self._is_sharded and not is_divided:
             cluster.scatter_optimizer(self.optimizer, self._whole_optimizer)
             self._whole_optimizer = None
         cluster.broadcast(self.state())
