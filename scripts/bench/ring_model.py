@@ -4,6 +4,10 @@ import numpy as np
 
 RESNET50_PARAMETERS = 25_600_000
 PREDICTED_WORKERS = (64, 256, 1024)
+# A sharded optimizer: the sizes of models, NLCG's transfers of the parameters (default settings), the
+# sums that its sweeps need of all workers, and its slots.
+MODELS = (RESNET50_PARAMETERS, 1_000_000_000)
+TRANSFERS, SUMS, SLOTS = 16, 3, 3
 LARGE_BATCH = 98_304  # the largest of the paper (arXiv:1812.02886)
 GRADIENTS = {"float32": 4, "float16": 2}  # bytes a number on the wire
 ASSUMPTIONS = """\
@@ -27,6 +31,22 @@ def ring_seconds(workers, size, latency, bandwidth):
         bandwidth: B, bytes a second.
     """
     return 2 * (workers - 1) * latency + 2 * (workers - 1) / workers * size / bandwidth
+
+
+def sharding_seconds(workers, parameters, bytes_per_second, latency, fixed):
+    """What a sharded NLCG adds to a step, or saves where it is negative.
+
+    The gradients' reduce-scatter and the weights' all-gather are the two halves of the ring
+    all-reduce that they replace. What is left is the update, of which others do 1 - 1/W, and the
+    small all-reduces between its sweeps.
+
+    Args:
+        bytes_per_second: of the memory, as the update reaches it.
+        fixed: seconds of an all-reduce besides its hops.
+    """
+    update = 4 * TRANSFERS * parameters / bytes_per_second
+    sums = SUMS * (ring_seconds(workers, 0, latency, np.inf) + fixed)
+    return sums - (1 - 1 / workers) * update
 
 
 def fit_ring(workers, sizes, seconds):
@@ -81,6 +101,25 @@ def show_predictions(options, fixed):
         f"  the last k of each W makes a batch of {LARGE_BATCH:,}; without virtual batches: k = 1"
     )
     return {"assumed": assumed, "efficiency": rows}
+
+
+def show_sharding(options, fixed):
+    print(
+        f"predicted for a sharded NLCG, whose update reaches {options.update_gbytes:g} GB/s of "
+        f"memory (--update-gbytes) and needs {SUMS} small all-reduces:"
+    )
+    rows = []
+    for parameters in MODELS:
+        for workers in (8, *PREDICTED_WORKERS):
+            rate, latency = 1e9 * options.update_gbytes, 1e-6 * options.hop_microseconds
+            seconds = sharding_seconds(workers, parameters, rate, latency, fixed)
+            saved = 4 * SLOTS * parameters * (1 - 1 / workers)
+            print(
+                f"  {parameters / 1e6:>6,.1f} M parameters, {workers:>5,} workers: "
+                f"{1e3 * seconds:+8.1f} ms a step, {saved / 1e9:5.2f} GB less a worker"
+            )
+            rows.append({"parameters": parameters, "workers": workers, "seconds": seconds})
+    return rows
 
 
 def plot_predictions(path, options, fixed):

@@ -20,7 +20,13 @@ import sys
 
 import numpy as np
 
-from scripts.bench.ring_model import fit_ring, plot_predictions, ring_seconds, show_predictions
+from scripts.bench.ring_model import (
+    fit_ring,
+    plot_predictions,
+    ring_seconds,
+    show_predictions,
+    show_sharding,
+)
 from scripts.bench.team import BYTES, WORKERS, Team, common_rates, horovod_team, work
 from scripts.shared.timing import machine, ratio, show_ratio, turns, write_json
 
@@ -148,6 +154,7 @@ def parsed_options():
     parser.add_argument("--hop-microseconds", type=float, default=20)
     parser.add_argument("--images-per-second", type=float, default=412, help="of one GPU")
     parser.add_argument("--micro-batch", type=int, default=32, help="of one GPU")
+    parser.add_argument("--update-gbytes", type=float, default=700, help="a second, of one GPU")
     parser.add_argument("--json", help="file for all figures")
     parser.add_argument("--plot", help="file for the picture of the predictions")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -169,6 +176,7 @@ def main():
         result["allreduce"] = measure_allreduce(options)
         fixed = ring_seconds(WORKERS, 0, result["allreduce"]["latency_seconds"], np.inf)
         result["predictions"] = show_predictions(options, fixed)
+        result["sharding"] = show_sharding(options, fixed)
         if options.plot:
             plot_predictions(options.plot, options, fixed)
     write_json(options.json, result)

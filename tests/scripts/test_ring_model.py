@@ -120,3 +120,9 @@ def test_rates_count_only_the_time_in_which_all_work():
 def test_rates_of_processes_that_never_met():
     with pytest.raises(RuntimeError, match="too busy"):
         bench.common_rates([[0, 1], [2, 3]])
+
+
+def test_sharding_costs_its_small_sums_and_saves_what_others_do():
+    # 1.6e9 bytes at 1e10 a second, of which 3/4 are done by others; 3 sums of 6 hops and 1 ms.
+    found = model.sharding_seconds(4, 25_000_000, 1e10, latency=1e-4, fixed=1e-3)
+    assert found == pytest.approx(3 * (6e-4 + 1e-3) - 0.75 * 0.16)
