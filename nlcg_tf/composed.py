@@ -48,7 +48,7 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
 
 
 class Stages:
-    """One update; its stages have the names of those in nlcg_update.h.
+    """One update; its stages have the names of those in nlcg_update_stages.h.
 
     Attributes that they leave to each other: `old` and `new`, dicts of the scalars; `w`, `g`, `d`,
     lists of tensors, one for each of the weights; `step`, the step without its size `alpha`.

@@ -19,6 +19,7 @@ import tempfile
 HERE = pathlib.Path(__file__).parent
 LIBRARY = "libnlcg_update.so"
 SOURCES: tuple[str, ...] = ("nlcg_update.h", "nlcg_update_cpu.cc", "nlcg_update_op.cc")
+SOURCES += ("nlcg_update_formulas.h", "nlcg_update_stages.h", "nlcg_update_sweeps.h")
 SOURCES += ("nlcg_update_inputs.h", "nlcg_update_devices.h")
 SOURCES += ("nlcg_update_cuda.h", "nlcg_update_cuda.cu", "build.py")
 # No -ffast-math, which breaks the checks for NaN; no contraction to FMA: all machines round alike.

@@ -9,6 +9,8 @@
 #include <algorithm>
 
 #include "nlcg_update_cuda.h"
+#include "nlcg_update_formulas.h"
+#include "nlcg_update_stages.h"
 
 namespace nlcg {
 namespace {

@@ -1,0 +1,272 @@
+// The scalar logic between the sweeps; composed.py has stages of the same names.
+
+#ifndef NLCG_TF_FUSED_NLCG_UPDATE_STAGES_H_
+#define NLCG_TF_FUSED_NLCG_UPDATE_STAGES_H_
+
+#include <cmath>
+#include <cstdint>
+
+#include "nlcg_update.h"
+
+namespace nlcg {
+
+NLCG_HOST_DEVICE double Bounded(const Settings& settings, double scale) {
+  return scale < settings.minimum_scale ? settings.minimum_scale : scale > 1 ? 1 : scale;
+}
+
+NLCG_HOST_DEVICE double ClippedToOne(double x) {
+  // Where the sums overflowed the direction starts again from steepest descent.
+  return !Finite(x) || x < 0 ? 0 : x > 1 ? 1 : x;
+}
+
+// Factors of the step that is taken, (1 - a) d + a (z + beta d) with a = 1 - kappa: of d, and of the
+// divided gradient.
+template <typename T>
+NLCG_HOST_DEVICE void LookAhead(T beta, T scale, T kappa, T* kept, T* ahead) {
+  const T look_ahead = T(1) - kappa;
+  *kept = T(1) - look_ahead + look_ahead * beta;
+  *ahead = look_ahead * scale;
+}
+
+// What made up the last step; the scalars still are those of the update before.
+template <typename T>
+struct Previous {
+  T size, scale, kept, ahead;
+  NLCG_HOST_DEVICE Previous(const Settings& settings, const T* reals)
+      : size(reals[kStepSize]), scale(IsScaled(settings) ? reals[kMean] : T(1)) {
+    LookAhead(reals[kBeta], scale * reals[kCap], reals[kKappa], &kept, &ahead);
+  }
+};
+
+// The line search and the step size: section 3.2.2. Needs no sums, so that a loss that is not finite
+// is known before anything is written.
+template <typename T>
+NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int64_t* counts,
+                            T learning_rate, T loss, Stage<T>* stage) {
+  const int64_t updates = counts[kUpdates];
+  stage->first = updates == 0;
+  for (int i = kTestedLoss; i <= kMeanLength; ++i) stage->reals[i] = reals[i];
+  stage->loss = loss;
+  stage->kappa = 0;
+  double scale = 1;
+  if (settings.line_search != kNoLineSearch) scale = reals[kScale];
+  if (settings.line_search == kOnline) {
+    const double previous = reals[kLoss], magnitude = fabs(previous);
+    if (!stage->first) {
+      if (loss > previous + settings.decrease_threshold * magnitude) {
+        scale = Bounded(settings, scale * settings.decrease_factor);
+      } else if (loss < previous + settings.increase_threshold * magnitude) {
+        scale = Bounded(settings, scale * settings.increase_factor);
+      }
+    }
+    stage->reals[kLoss] = loss;
+  } else if (settings.line_search == kStep) {
+    double average = loss, compared = loss;
+    if (!stage->first) {
+      average = settings.smoothing * reals[kLoss] + (1 - settings.smoothing) * loss;
+      compared = reals[kComparedLoss];
+      if (updates % settings.period == 0) {
+        const double ratio = compared == 0 ? 1 : average / compared;
+        double factor = settings.increase_factor;
+        for (int i = settings.limit_count - 1; i >= 0; --i) {
+          if (ratio > settings.limits[i]) factor = settings.factors[i];
+        }
+        scale = Bounded(settings, scale * factor);
+        compared = average;
+      }
+    }
+    stage->reals[kLoss] = T(average);
+    stage->reals[kComparedLoss] = T(compared);
+  }
+  stage->reals[kScale] = T(scale);
+  stage->alpha = learning_rate * T(scale);
+  stage->reals[kStepSize] = stage->alpha;
+  stage->learning_rate = learning_rate;
+  stage->skip = !Finite(stage->alpha) || (UsesLoss(settings) && !Finite(loss));
+}
+
+// The trapezoid test (noise.py): kappa, from g's and g_prev's.
+template <typename T>
+NLCG_HOST_DEVICE void TestNoise(const T* reals, const int64_t* counts, double slope,
+                                double previous_slope, Stage<T>* stage) {
+  const double loss = stage->loss;
+  const double change = loss - reals[kTestedLoss] - (slope + previous_slope) / 2;
+  double error = fabs(change / loss) - kRounding;
+  if (error < 0) error = 0;
+  const double size = (fabs(slope / loss) + fabs(previous_slope / loss)) / 2;
+  if (!stage->first && Finite(error) && Finite(size)) {
+    const double memory = counts[kUpdates] > 1 ? kMemory : 0;
+    stage->reals[kLeftOver] = T(memory * reals[kLeftOver] + (1 - memory) * error);
+    stage->reals[kForetold] = T(memory * reals[kForetold] + (1 - memory) * size);
+  }
+  stage->reals[kTestedLoss] = stage->loss;
+  const double left_over = stage->reals[kLeftOver];
+  stage->kappa = ClippedToOne(1 - left_over / stage->reals[kForetold]);
+}
+
+// What makes up for shrinking gradients (noise.py), as far as they are noise.
+template <typename T>
+NLCG_HOST_DEVICE double LengthFactor(double square, const T* reals, Stage<T>* stage) {
+  if (Finite(T(square))) {
+    const double mean = reals[kMeanSquare];
+    if (mean > 0) square = kLengthMemory * mean + (1 - kLengthMemory) * square;
+    stage->reals[kMeanSquare] = T(square);
+    if (reals[kFirstSquare] == 0) stage->reals[kFirstSquare] = T(square);
+  }
+  const double mean = stage->reals[kMeanSquare], first = stage->reals[kFirstSquare];
+  const double factor = exp((1 - stage->kappa) / 2 * (log(first) - log(mean)));
+  return Finite(factor) ? factor : 1;
+}
+
+// What shortens a direction that is much longer than the mean (noise.py).
+template <typename T>
+NLCG_HOST_DEVICE double LengthCap(double length, double momentum, const T* reals, Stage<T>* stage) {
+  if (!Finite(T(length))) return 1;
+  const double mean = reals[kMeanLength];
+  if (!(mean > 0)) {
+    stage->reals[kMeanLength] = T(length / (1 - momentum));
+    return 1;
+  }
+  const double cap = length > kGrowth * mean ? kGrowth * mean / length : 1;
+  stage->reals[kMeanLength] = T(kMemory * mean + (1 - kMemory) * cap * length);
+  return cap;
+}
+
+// After sweep 1 of BFGS.
+template <typename T>
+NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const T* reals,
+                                      const int64_t* counts, const Sums& sums, Stage<T>* stage) {
+  const T curvature = T(sums.of[kYs]), scaled = T(sums.of[kShs]);
+  const double slope = sums.of[kSlope], previous_slope = slope - sums.of[kYs];
+  stage->skip = stage->skip || sums.of[kCheck] != 0;
+  stage->accepted = !stage->first && curvature > T(kTiny) && scaled > T(kTiny) &&
+                    curvature > kResolution * (fabs(slope) + fabs(previous_slope)) &&
+                    Finite(curvature) && Finite(scaled);
+  stage->inv_ys = T(1) / curvature;
+  stage->inv_shs = T(1) / scaled;
+  stage->reals[kCurvature] = curvature;
+  if (settings.rule == kBlended) {
+    TestNoise(reals, counts, slope, previous_slope, stage);
+  }
+  stage->forget = T((1 - settings.decay) * (1 - stage->kappa));
+}
+
+// After sweep 2, or the first one without BFGS; `elements` are those of all variables.
+template <typename T>
+NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
+                                      const int64_t* counts, double elements, const Sums& sums,
+                                      Stage<T>* stage) {
+  stage->skip = stage->skip || sums.of[kCheck] != 0;
+  double mean = 1;
+  if (UsesBfgs(settings)) {
+    if (elements > 0) mean = elements / sums.of[kInverse];
+  } else {
+    stage->reals[kCurvature] = 0;
+    if (settings.rule == kBlended) {
+      TestNoise(reals, counts, sums.of[kNewSlope], sums.of[kOldSlope], stage);
+    }
+    if (settings.preconditioner == kRms) {
+      mean = sqrt(sums.of[kGg] / sums.of[kQq]);
+      // Where the squares vanish or overflow there is no direction to trust.
+      if (!Finite(mean)) mean = 0;
+    }
+  }
+  stage->reals[kMean] = T(mean);
+  stage->scale = IsScaled(settings) ? T(mean) : T(1);
+  const T delta = T(stage->scale * sums.of[kFresh]);
+  double top = delta;
+  if (settings.rule == kPolakRibiere) top -= T(Previous<T>(settings, reals).scale * sums.of[kMid]);
+  double beta = ClippedToOne(top / (reals[kDelta] + T(kTiny)));
+  if (settings.rule == kBlended) {
+    beta = stage->kappa * beta + (1 - stage->kappa) * settings.momentum;
+  }
+  stage->beta = stage->first ? T(0) : T(beta);
+  stage->reals[kDelta] = delta;
+  stage->reals[kBeta] = stage->beta;
+  stage->reals[kKappa] = T(stage->kappa);
+  LookAhead(stage->beta, stage->scale, T(stage->kappa), &stage->kept, &stage->ahead);
+  stage->reals[kCap] = 1;
+  if (settings.rule != kBlended) return;
+  // The step is of_d d - of_q q.
+  double of_d = stage->beta, of_q = stage->scale;
+  if (settings.nesterov) {
+    of_d *= stage->kept;
+    of_q = stage->kept * of_q + stage->ahead;
+  }
+  double square = of_d * of_d * sums.of[kDd] + of_q * of_q * sums.of[kQq];
+  square -= 2 * of_d * of_q * sums.of[kQd];
+  const double factor = LengthFactor(sums.of[kGg], reals, stage);
+  const double length = factor * sqrt(square > 0 ? square : 0);
+  const T cap = T(LengthCap(length, settings.momentum, reals, stage));
+  stage->reals[kCap] = cap;
+  for (T* x : {&stage->beta, &stage->scale, &stage->ahead}) *x *= cap;
+  stage->alpha *= T(factor);
+  stage->reals[kStepSize] = stage->alpha;
+  stage->skip = stage->skip || !Finite(stage->alpha);
+}
+
+// After sweep 3: the scalars are written.
+template <typename T>
+NLCG_HOST_DEVICE void FinishStep(const Settings& settings, int real_count, const Sums& sums,
+                                 Stage<T>* stage, T* reals, int64_t* counts) {
+  counts[kLastApplied] = stage->skip ? 0 : 1;
+  if (stage->skip) {
+    counts[kSkipped] += 1;
+    return;
+  }
+  const double norms = sqrt(sums.of[kStepGg]) * sqrt(sums.of[kStepDd]);
+  stage->reals[kCosine] = norms > 0 ? T(-sums.of[kStepGd] / norms) : T(0);
+  for (int i = 0; i < real_count; ++i) reals[i] = stage->reals[i];
+  counts[kUpdates] += 1;
+  if (UsesBfgs(settings) && !stage->first && !stage->accepted) counts[kRejected] += 1;
+}
+
+// After any sweep.
+template <typename T>
+NLCG_HOST_DEVICE void Finish(const Settings& settings, int sweep, double elements, const Sums& sums,
+                             Stage<T>* stage, T* reals, int64_t* counts) {
+  if (sweep == kSweepStep) {
+    FinishStep(settings, RealCount(settings), sums, stage, reals, counts);
+  } else if (!stage->skip && sweep == kSweepCurvature) {
+    FinishCurvature(settings, reals, counts, sums, stage);
+  } else if (!stage->skip) {
+    FinishDirection(settings, reals, counts, elements, sums, stage);
+  }
+}
+
+// After sweep 3, for one variable and the sums over it alone: what its next step and the next sweep 1
+// need. A double is kept as two numbers of type T.
+template <typename T>
+NLCG_HOST_DEVICE void FinishVariable(const Settings& settings, const Sums& sums,
+                                     const Variable<T>& v) {
+  if (v.trust_ratio != nullptr) {
+    const double norm = sqrt(sums.of[kStepWw]);
+    const double ratio =
+        settings.lars_coefficient * norm / (sqrt(sums.of[kStepDd]) + settings.epsilon);
+    *v.trust_ratio = norm > 0 ? T(ratio) : T(1);
+  }
+  if (v.curvature_sums != nullptr) {
+    for (int i = 0; i < 2; ++i) {
+      const double sum = sums.of[kNextGd + i];
+      v.curvature_sums[2 * i] = T(sum);
+      v.curvature_sums[2 * i + 1] = T(sum - T(sum));
+    }
+  }
+}
+
+// sum(g_prev d) and sum(d h d) of a variable as sweep 3 left them; the latter is -1, which no such sum
+// is, where they are not known.
+template <typename T>
+NLCG_HOST_DEVICE double KeptSum(const Variable<T>& v, int i) {
+  if (v.curvature_sums == nullptr) return -1;
+  return double(v.curvature_sums[2 * i]) + v.curvature_sums[2 * i + 1];
+}
+
+template <typename T>
+NLCG_HOST_DEVICE bool SumsAreKept(const Variable<T>& v) {
+  return Finite(KeptSum(v, 0)) && Finite(KeptSum(v, 1)) && KeptSum(v, 1) >= 0;
+}
+
+}  // namespace nlcg
+
+#endif  // NLCG_TF_FUSED_NLCG_UPDATE_STAGES_H_
