@@ -44,6 +44,29 @@ ABLATION = {
     "pr_normalized": _variant(
         "Polak-Ribiere", choice.SKY, "--", update_rule="polak_ribiere", nesterov=False
     ),
+    "rms_decay_09": _variant("RMS, decay 0.9", choice.BLUE, preconditioner="rms", decay=0.9),
+    "rms_decay_0999": _variant(
+        "RMS, decay 0.999", choice.BLUE, "--", preconditioner="rms", decay=0.999
+    ),
+    "rms_no_look_ahead": _variant(
+        "RMS, no look-ahead", choice.GREEN, preconditioner="rms", nesterov=False
+    ),
+    "rms_constant": _variant("RMS, beta 0.9", choice.BLACK, preconditioner="rms", blind=True),
+    "rms_fr": _variant(
+        "RMS, Fletcher-Reeves",
+        choice.SKY,
+        preconditioner="rms",
+        update_rule="fletcher_reeves",
+        nesterov=False,
+    ),
+    "rms_pr": _variant(
+        "RMS, Polak-Ribiere",
+        choice.SKY,
+        "--",
+        preconditioner="rms",
+        update_rule="polak_ribiere",
+        nesterov=False,
+    ),
 }
 # All that the study knows, in the order of its tables.
 KNOWN = collections.ChainMap(ABLATION, choice.OPTIMIZERS)
