@@ -4,8 +4,8 @@ import numpy as np
 
 RESNET50_PARAMETERS = 25_600_000
 PREDICTED_WORKERS = (64, 256, 1024)
-# A sharded optimizer: the sizes of models, NLCG's transfers of the parameters (default settings), the
-# sums that its sweeps need of all workers, and its slots.
+# A sharded optimizer: the sizes of models, NLCG's transfers of the parameters (default settings),
+# the sums that its sweeps need of all workers, and its slots.
 MODELS = (RESNET50_PARAMETERS, 1_000_000_000)
 TRANSFERS, SUMS, SLOTS = 16, 3, 3
 LARGE_BATCH = 98_304  # the largest of the paper (arXiv:1812.02886)
