@@ -61,7 +61,9 @@ REGISTER_OP("NlcgUpdate")
         TF_RETURN_IF_ERROR(c->input(name, &shapes));
         TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 1, &unused));
       }
-      c->set_output(0, c->Vector(nlcg::kSums));
+      std::string sweep;
+      TF_RETURN_IF_ERROR(c->GetAttr("sweep", &sweep));
+      c->set_output(0, c->Vector(sweep == "all" ? 0 : nlcg::kSums));
       return absl::OkStatus();
     })
     .Doc(R"doc(
@@ -80,11 +82,11 @@ settings: epsilon, LARS coefficient, momentum of the blended rule, decay of the 
 weight_decays: one for each variable.
 positions: where each variable stands in `trust_ratios` and `curvature_sums`.
 known_sums: for one sweep, what those before it gave as `sums`, added up over all workers.
-sums: for one sweep its sums over these variables, otherwise of no meaning.
+sums: for one sweep its sums over these variables, otherwise empty.
 sweep: which part of the update to do, for workers of which each has a part of the parameters: with BFGS
   "curvature", "direction" and "step" in this order, otherwise the last two. All other inputs are the
   same each time. The cosine that "step" leaves in `reals` is that of these variables alone.
-elements: for one sweep how many elements the variables of all workers have.
+elements: for one sweep how many elements the variables of all workers have, otherwise 0.
 keep_slots: whether the kernel remembers the slots, for a graph that is run again and again.
 )doc");
 
@@ -191,6 +193,8 @@ class NlcgUpdateOp : public OpKernel {
              : sweep == "step"      ? nlcg::kSweepStep
                                     : nlcg::kAllSweeps;
     const int before = sweep == "all" ? 0 : sweep_ - nlcg::FirstSweep(settings_);
+    OP_REQUIRES(ctx, sweep != "all" || elements_ == 0,
+                Invalid("NlcgUpdate: elements must be 0 with sweep 'all', is ", elements_));
     OP_REQUIRES(
         ctx, before >= 0,
         Invalid("NlcgUpdate: preconditioner '", preconditioner, "' has no sweep '", sweep, "'"));
@@ -208,6 +212,7 @@ class NlcgUpdateOp : public OpKernel {
   void Compute(OpKernelContext* ctx) override {
     nlcg::Settings settings = settings_;
     OP_REQUIRES_OK(ctx, ReadInputs<T>(ctx, layout_, &settings));
+    OP_REQUIRES_OK(ctx, CheckElements(ctx));
     Variables found;
     OP_REQUIRES_OK(ctx, LookUpVariables(ctx, &found));
     const std::vector<Var*>& vars = found.all;
@@ -219,7 +224,8 @@ class NlcgUpdateOp : public OpKernel {
     Adopted adopted = AdoptGradients(ctx);
     OP_REQUIRES_OK(ctx, CopyShared(ctx, vars, adopted));
     Tensor* sums = nullptr;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({nlcg::kSums}), &sums));
+    const int64_t numbers = sweep_ == nlcg::kAllSweeps ? 0 : nlcg::kSums;
+    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({numbers}), &sums));
     const bool applied =
         Device::Update(ctx, settings, KernelVariables(ctx, vars, adopted),
                        Scalar(ctx, layout_.input.learning_rate), Scalar(ctx, layout_.input.loss),
@@ -247,6 +253,15 @@ class NlcgUpdateOp : public OpKernel {
   // For each of the weights the gradient that becomes its next previous gradient without being
   // copied, for nobody else holds it; otherwise null.
   using Adopted = std::vector<std::unique_ptr<Tensor>>;
+
+  absl::Status CheckElements(OpKernelContext* ctx) const {
+    int64_t own = 0;
+    for (int i = 0; i < layout_.n; ++i)
+      own += ctx->input(layout_.input.gradients + i).NumElements();
+    if (sweep_ == nlcg::kAllSweeps || elements_ >= own) return absl::OkStatus();
+    return Invalid("NlcgUpdate: elements must be those of all parts, at least ", own, ", is ",
+                   elements_);
+  }
 
   absl::Status LookUpVariables(OpKernelContext* ctx, Variables* found) {
     const int n = layout_.n, slots = layout_.slots;

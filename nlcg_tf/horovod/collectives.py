@@ -1,6 +1,7 @@
 """What all workers do together: averages, sums, broadcasts and comparisons of tensors."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,12 +36,16 @@ def _average_bfloat16(tensors):
     a ring all-reduce of 16-bit words.
     """
     flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], axis=0)
-    ends = tf.size(flat) * tf.range(hvd.size_op() + 1) // hvd.size_op()
-    mean = reduce_scatter(flat, ends[1:] - ends[:-1])
-    words = tf.bitcast(tf.cast(mean, tf.bfloat16), tf.uint16)
-    words = hvd.allgather(words, name="Horovod_gather_bfloat16")
-    averages = tf.split(tf.bitcast(words, tf.bfloat16), [x.shape.num_elements() for x in tensors])
-    return [tf.reshape(part, x.shape) for part, x in zip(averages, tensors)]
+    sizes = [x.shape.num_elements() for x in tensors]
+    mean = reduce_scatter(flat, lengths_of_parts(sum(sizes), hvd.size()))
+    (whole,) = gather([tf.cast(mean, tf.bfloat16)])
+    return [tf.reshape(part, x.shape) for part, x in zip(tf.split(whole, sizes), tensors)]
+
+
+def lengths_of_parts(elements, workers):
+    """A list of how many elements of a vector each worker has; they differ by one at most."""
+    ends = [elements * i // workers for i in range(workers + 1)]
+    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 def reduce_scatter(vector: Any, lengths: Any) -> Any:
@@ -52,14 +57,13 @@ def reduce_scatter(vector: Any, lengths: Any) -> Any:
 
     Args:
         vector: tensor of one dimension.
-        lengths: list or vector of ints, the elements of each worker's part.
+        lengths: list of ints, the elements of each worker's part.
     """
     dtype, own = vector.dtype, lengths[hvd.rank()]
-    words = tf.bitcast(vector, tf.uint16) if dtype == tf.bfloat16 else vector
-    words, _ = hvd.alltoall(words, splits=lengths, name="Horovod_reduce_scatter")
-    parts = tf.bitcast(words, dtype) if dtype == tf.bfloat16 else words
-    parts = tf.reshape(tf.cast(parts, tf.float64 if dtype == tf.float64 else tf.float32), [-1, own])
-    return tf.reduce_sum(parts, axis=0) / tf.cast(hvd.size_op(), parts.dtype)
+    received, _ = hvd.alltoall(_words(vector), splits=lengths, name="Horovod_reduce_scatter")
+    wide = tf.float64 if dtype == tf.float64 else tf.float32
+    parts = tf.reshape(tf.cast(_numbers(received, dtype), wide), [hvd.size(), own])
+    return tf.reduce_sum(parts, axis=0) / hvd.size()
 
 
 def gather(parts: Sequence[Any]) -> list[Any]:
@@ -67,10 +71,26 @@ def gather(parts: Sequence[Any]) -> list[Any]:
     vectors = list(parts)
     for dtype in {x.dtype: None for x in parts}:
         places = [i for i, x in enumerate(parts) if x.dtype == dtype]
-        gathered = hvd.grouped_allgather([parts[i] for i in places], name="Horovod_gather")
+        words = [_words(parts[i]) for i in places]
+        gathered = hvd.grouped_allgather(words, name="Horovod_gather")
         for i, x in zip(places, gathered):
-            vectors[i] = x
+            vectors[i] = _numbers(x, dtype)
     return vectors
+
+
+def broadcast_first(vector: Any) -> Any:
+    """Worker 0's tensor."""
+    words = hvd.broadcast(_words(vector), 0, name="Horovod_broadcast_first")
+    return _numbers(words, vector.dtype)
+
+
+def _words(x):
+    """Numbers as Horovod can send them: it does not know bfloat16."""
+    return tf.bitcast(x, tf.uint16) if x.dtype == tf.bfloat16 else x
+
+
+def _numbers(words, dtype):
+    return tf.bitcast(words, dtype) if dtype == tf.bfloat16 else words
 
 
 def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:

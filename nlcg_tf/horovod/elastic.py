@@ -7,10 +7,11 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
-from horovod.common.exceptions import HorovodInternalError
+from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 
-from nlcg_tf.horovod.collectives import broadcast, gather, plain, shared
+from nlcg_tf.horovod.collectives import broadcast, broadcast_first, gather, plain, shared
 from nlcg_tf.horovod.watch import is_communication_error
+from nlcg_tf.horovod.whole import first_state
 
 
 class ElasticState(ObjectState):
@@ -31,14 +32,23 @@ class ElasticState(ObjectState):
         self._variables = plain(shared(variables))
         sharded = {id(v.part_of): v.part_of for v in variables if hasattr(v, "part_of")}
         self._sharded = list(sharded.values())
-        self._whole = None  # the state of each of those, once the workers may communicate
+        self._whole = None  # the state of each of those; here the workers may not communicate yet
+        self._is_divided_anew = False
         self._keep()
         super().__init__(bcast_object=hvd.broadcast_object, get_rank=hvd.rank, **values)
 
     def save(self):
+        whole = self._gathered()  # a worker lost meanwhile leaves what was kept before
+        self._whole, self._is_divided_anew = whole, False
         self._keep()
-        self._gather()
         super().save()
+
+    def check_host_updates(self):
+        try:
+            super().check_host_updates()
+        except HostsUpdatedInterrupt:
+            self._whole = self._gathered()  # nobody was lost: all go on from here
+            raise
 
     def restore(self):
         for variable, value in zip(self._variables, self._kept):
@@ -47,9 +57,10 @@ class ElasticState(ObjectState):
 
     def reset(self):
         """The workers are others now."""
-        if self._sharded and self._whole is None:
-            raise RuntimeError("a worker was lost before the first state had been shared")
+        if self._whole is None:
+            self._whole = [first_state(optimizer) for optimizer in self._sharded]
         self._divide()
+        self._is_divided_anew = True
 
     def sync(self):
         broadcast(self._variables)
@@ -59,16 +70,16 @@ class ElasticState(ObjectState):
             self._divide()
         super().sync()
 
-    def _gather(self):
-        self._whole = [
+    def _gathered(self):
+        return [
             {key: gather([part.value])[0].numpy() for key, part in sorted(optimizer.parts.items())}
             for optimizer in self._sharded
         ]
 
     def _share_whole(self):
-        """Gives all workers the whole states that worker 0 has kept."""
-        if not hvd.broadcast_object(self._whole is not None):
-            self._gather()  # nobody has trained yet
+        """Gives all workers the whole states, which worker 0 has if others were there before."""
+        if not hvd.broadcast_object(self._is_divided_anew):
+            self._whole = self._gathered()
             return
         whole = []
         for i, optimizer in enumerate(self._sharded):
@@ -78,12 +89,11 @@ class ElasticState(ObjectState):
                 vector = tf.zeros([layout.elements], layout.dtype)
                 if hvd.rank() == 0:
                     vector = self._whole[i][name, number]
-                vector = hvd.broadcast(vector, 0, name="Horovod_whole")
-                whole[i][name, number] = vector.numpy()
+                whole[i][name, number] = broadcast_first(tf.convert_to_tensor(vector)).numpy()
         self._whole = whole
 
     def _divide(self):
-        for optimizer, whole in zip(self._sharded, self._whole or ()):
+        for optimizer, whole in zip(self._sharded, self._whole, strict=True):
             optimizer.divide_anew(whole)
 
     def _keep(self):

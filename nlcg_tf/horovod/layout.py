@@ -1,10 +1,11 @@
 """How the variables of a model are divided among workers: as flat vectors."""
 
 import dataclasses
-import itertools
 import math
 
 import tensorflow as tf
+
+from nlcg_tf.horovod.collectives import lengths_of_parts
 
 # Elements of a vector of several variables. The memory of much longer ones is given back to the
 # system after each use, and the first touch of new memory takes longer than the arithmetic.
@@ -44,8 +45,7 @@ class Layout:
     @property
     def lengths(self):
         """Elements of each worker's part."""
-        ends = [self.elements * i // self.workers for i in range(self.workers + 1)]
-        return [end - begin for begin, end in itertools.pairwise(ends)]
+        return lengths_of_parts(self.elements, self.workers)
 
     def range(self):
         """First element of this worker's part, and the one after its last."""

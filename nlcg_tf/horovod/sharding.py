@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from keras import optimizers
 
-from nlcg_tf import reductions
+from nlcg_tf import fused, reductions
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
@@ -39,8 +39,7 @@ _OF_THE_WHOLE = ("use_ema", "gradient_accumulation_steps")
 def why_not(optimizer):
     """Why an optimizer cannot be divided, in a sentence; `None` where it can."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    is_known = any(isinstance(optimizer, cls) for cls in ELEMENTWISE)
-    if not is_known and not getattr(optimizer, "is_elementwise", False):
+    if not isinstance(optimizer, ELEMENTWISE) and not getattr(optimizer, "is_elementwise", False):
         return (
             f"{type(optimizer).__name__} is not known to update each element by itself. If it "
             "does, give its class the attribute `is_elementwise = True`"
@@ -50,6 +49,13 @@ def why_not(optimizer):
             return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
     if optimizer.built:
         return "it has been built already: distribute it before its first use"
+    try:  # as each save does
+        type(optimizer).from_config(optimizer.get_config())
+    except Exception as error:
+        return (
+            f"{type(optimizer).__name__} cannot be made again from its configuration, as a save of "
+            f"its whole state needs: {error}"
+        )
     return None
 
 
@@ -74,65 +80,17 @@ class RecordsSlots:
         super().build(variables)
 
     def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
-        slot = super().add_variable_from_reference(reference_variable, name, initializer)
+        slot = self._new_slot(reference_variable, name, initializer)
         names = [recorded for recorded, _ in self.recorded_slots]
         self.recorded_slots[name, names.count(name)] = slot
         return slot
 
+    def _new_slot(self, reference, name, initializer):
+        return super().add_variable_from_reference(reference, name, initializer)
 
-class Sharded(RecordsSlots, Averaging):
-    """Mixin for a Keras optimizer; see `DistributedOptimizer(shard=True)`.
 
-    Keras sees the model's variables, the optimizer's own class only this worker's parts of them:
-    one flat variable for each dtype, and, with exceptions from weight decay, for those with and
-    without.
-
-    Attributes:
-        layouts: list of `Layout`.
-        shards: list of variables, this worker's part of the weights of each layout.
-        parts: dict of the recorded slots that hold this worker's part only.
-    """
-
-    def build(self, variables):
-        if self.built:
-            return
-        variables = list(variables)
-        layouts = divide(variables, self._use_weight_decay, hvd.size(), hvd.rank())
-        shards = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
-        kept = {"layouts": layouts, "shards": shards, "recorded_slots": {}}
-        # Not by Keras' `__setattr__`, which would count them as variables of the optimizer.
-        for name, value in kept.items():
-            object.__setattr__(self, name, value)
-        # Accumulated gradients and averages of the weights are those of the whole variables.
-        optimizers.Optimizer.build(self, variables)
-        whole = dict(self.recorded_slots)
-        settings = {name: getattr(self, name) for name in _OF_THE_WHOLE}
-        self.built, self.use_ema, self.gradient_accumulation_steps = False, False, None
-        with reductions.over_workers(Parts(layouts)):
-            super().build(shards)
-        for name, value in settings.items():
-            setattr(self, name, value)
-        object.__setattr__(self, "_trainable_variables", variables)
-        object.__setattr__(self, "parts", self.recorded_slots)
-        object.__setattr__(self, "recorded_slots", {**whole, **self.parts})
-        for slot in self.parts.values():
-            slot.part_of = self  # what compares and broadcasts variables passes over it
-
-    def divide_anew(self, whole):
-        """Gives the workers that there are now their parts of a whole state.
-
-        Args:
-            whole: dict from the keys of `parts` to whole vectors.
-        """
-        workers = {"workers": hvd.size(), "rank": hvd.rank()}
-        layouts = [dataclasses.replace(layout, **workers) for layout in self.layouts]
-        object.__setattr__(self, "layouts", layouts)
-        for i, (layout, shard) in enumerate(zip(layouts, self.shards)):
-            _resize(shard, np.zeros(layout.lengths[layout.rank], layout.dtype))
-            self._trainable_variables_indices[self._var_key(shard)] = i
-        for (name, number), part in self.parts.items():
-            begin, end = layouts[number].range()
-            _resize(part, whole[name, number][begin:end])
+class KeepsAPart:
+    """Mixin for what is saved as a whole: a sharded optimizer, or a loss scale around one."""
 
     def save_own_variables(self, store):
         """Refused: a worker has a part only."""
@@ -150,7 +108,110 @@ class Sharded(RecordsSlots, Averaging):
             return
         whole = whole_optimizer(self)
         whole.load_own_variables(store)
-        take_own_part(self, whole)
+        saved = sum(name.isdigit() for name in store.keys())
+        # Of another number Keras has warned, and loaded nothing.
+        if saved in (len(whole.variables), getattr(whole, "_count_without_slots", None)):
+            take_own_part(self, whole)
+
+
+class Sharded(KeepsAPart, RecordsSlots, Averaging):
+    """Mixin for a Keras optimizer; see `DistributedOptimizer(shard=True)`.
+
+    Keras sees the model's variables, the optimizer's own class only this worker's parts of them:
+    flat variables, each of one dtype and of variables with or without weight decay.
+
+    Attributes:
+        layouts: list of `Layout`.
+        shards: list of variables, this worker's part of the weights of each layout.
+        parts: dict of the recorded slots that hold this worker's part only.
+    """
+
+    def build(self, variables):
+        if self.built:
+            return
+        variables = list(variables)
+        for variable in variables:
+            if getattr(variable, "overwrite_with_gradient", False):
+                raise ValueError(
+                    f"`shard=True`: variable '{name_of(variable)}' is overwritten with its gradient"
+                )
+        layouts = divide(variables, self._use_weight_decay, hvd.size(), hvd.rank())
+        shards = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
+        kept = {"layouts": layouts, "shards": shards, "recorded_slots": {}}
+        # Not by Keras' `__setattr__`, which would count them as variables of the optimizer.
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+        # Accumulated gradients and averages of the weights are those of the whole variables.
+        optimizers.Optimizer.build(self, variables)
+        whole = dict(self.recorded_slots)
+        settings = {name: getattr(self, name) for name in _OF_THE_WHOLE}
+        self.built, self.use_ema, self.gradient_accumulation_steps = False, False, None
+        before = len(self.variables)
+        try:
+            with reductions.over_workers(Parts(layouts)):
+                super().build(shards)
+        finally:
+            for name, value in settings.items():
+                setattr(self, name, value)
+        self._check_slots(self.variables[before:])
+        object.__setattr__(self, "_trainable_variables", variables)
+        object.__setattr__(self, "parts", self.recorded_slots)
+        object.__setattr__(self, "recorded_slots", {**whole, **self.parts})
+        for slot in self.parts.values():
+            slot.part_of = self  # what compares and broadcasts variables passes over it
+
+    def _check_slots(self, made):
+        """Of a class that is not known: slots that were not made as Keras makes them."""
+        recorded = {id(slot) for slot in self.recorded_slots.values()}
+        odd = [v for v in made if id(v) not in recorded and len(v.shape)]
+        if odd and not isinstance(self, ELEMENTWISE):
+            raise ValueError(
+                f"`shard=True` needs slots made by `add_variable_from_reference`, which "
+                f"'{odd[0].name}' of {type(self).__name__} is not"
+            )
+
+    def divide_anew(self, whole):
+        """Gives the workers that there are now their parts of a whole state.
+
+        Args:
+            whole: dict from the keys of `parts` to whole vectors.
+        """
+        workers = {"workers": hvd.size(), "rank": hvd.rank()}
+        layouts = [dataclasses.replace(layout, **workers) for layout in self.layouts]
+        object.__setattr__(self, "layouts", layouts)
+        for i, (layout, shard) in enumerate(zip(layouts, self.shards)):
+            _resize(shard, np.zeros(layout.lengths[layout.rank], layout.dtype))
+            self._trainable_variables_indices[self._var_key(shard)] = i
+        for (name, number), part in self.parts.items():
+            begin, end = layouts[number].range()
+            _resize(part, whole[name, number][begin:end])
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Refused once the parts are made, of which each is of one kind."""
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay` must be called before a sharded optimizer is built"
+            )
+        super().exclude_from_weight_decay(var_list, var_names)
+
+    def _compare(self, grads, variables):
+        """As `Averaging`; and all workers must update by the same path, which sum differently."""
+        compared = self._are_compared
+        super()._compare(grads, variables)
+        if compared or not self._are_compared or not self.built or not isinstance(self, NLCG):
+            return
+        reason = "fused=False"
+        if self.fused is not False:
+            reason = fused.why_not(self, [shard.value for shard in self.shards])
+        with tf.init_scope():
+            reasons = hvd.allgather_object(reason)
+        odd = [i for i, other in enumerate(reasons) if bool(other) != bool(reasons[0])]
+        if odd:
+            worker = odd[0] if reasons[odd[0]] else 0
+            raise ValueError(
+                f"Worker {worker} has no fused op and others have: {reasons[worker]}. Give all "
+                "`fused=False`, or the op to all"
+            )
 
     def _new_shard(self, number, layout, variables):
         part = layout.own_part([variables[i].value for i in layout.indices])
@@ -165,7 +226,9 @@ class Sharded(RecordsSlots, Averaging):
     def apply(self, grads, trainable_variables=None):
         grads = list(grads)
         self._compare(grads, trainable_variables)  # before what one worker alone may find wrong
-        if trainable_variables is not None and self.built:
+        if trainable_variables is None and self.built:
+            trainable_variables = self._trainable_variables
+        if self.built:
             # The vector's order, whatever order they come in.
             trainable_variables = list(trainable_variables)
             self._check_variables_are_known(trainable_variables)
@@ -242,7 +305,7 @@ def _resize(variable, value):
     variable._shape = tuple(value.shape)
 
 
-class AgreeingLossScale(CountsUpdates):
+class AgreeingLossScale(KeepsAPart, CountsUpdates):
     """Mixin for Keras' `LossScaleOptimizer` around a `Sharded` optimizer: all skip together."""
 
     def check_finite(self, grads):

@@ -8,7 +8,7 @@ import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
 
-from nlcg_tf.horovod.collectives import broadcast, gather
+from nlcg_tf.horovod.collectives import broadcast, broadcast_first, gather
 from nlcg_tf.horovod.sharding import RecordsSlots, Sharded
 
 
@@ -48,15 +48,20 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
     Raises:
         ValueError: for another optimizer.
     """
-    whole = whole_optimizer(optimizer) if hvd.rank() == 0 else None
     inner = _sharded(optimizer)
+    whole = failure = None
+    if hvd.rank() == 0:
+        try:
+            whole = whole_optimizer(optimizer)
+        except Exception as error:
+            failure = error
+    _end_together(failure)
     for name, number in sorted(inner.parts):
         layout = inner.layouts[number]
         (vector,) = gather([tf.convert_to_tensor(inner.parts[name, number])])
         if whole is not None:
-            with tf.device("CPU:0"):
-                for i, value in zip(layout.indices, layout.restore(vector)):
-                    _plain(whole).recorded_slots[name, i].assign(value)
+            for i, value in zip(layout.indices, layout.restore(vector)):
+                _plain(whole).recorded_slots[name, i].assign(value)
     if whole is not None:
         for own, of_whole in _shared_state(optimizer, whole):
             of_whole.assign(own)
@@ -74,6 +79,14 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
         ValueError: for another optimizer.
     """
     inner = _sharded(optimizer)
+    fits = hvd.rank() > 0 or set(inner.recorded_slots) - set(inner.parts) | {
+        (name, i) for name, number in inner.parts for i in inner.layouts[number].indices
+    } == set(getattr(_plain(whole), "recorded_slots", ()))
+    _end_together(
+        None
+        if fits
+        else ValueError(f"`whole` must be of `whole_optimizer`. Received: whole={whole!r}")
+    )
     for name, number in sorted(inner.parts):
         layout = inner.layouts[number]
         if hvd.rank() == 0:
@@ -81,7 +94,7 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
             vector = layout.flatten([slots[name, i].value for i in layout.indices])
         else:
             vector = tf.zeros([layout.elements], layout.dtype)
-        vector = hvd.broadcast(vector, 0, name="Horovod_scatter")
+        vector = broadcast_first(vector)
         begin, end = layout.range()
         inner.parts[name, number].assign(vector[begin:end])
     if whole is not None:
@@ -116,10 +129,37 @@ def whole_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
     inner = _plain(copy)
     cls = type(inner)
     members = {"__class__": property(lambda self: cls)}
-    inner.__class__ = type(cls.__name__, (RecordsSlots, cls), members)
+    inner.__class__ = type(cls.__name__, (_InHostMemory, cls), members)
     with tf.device("CPU:0"):
         copy.build(variables)
     return copy
+
+
+def first_state(optimizer):
+    """A sharded optimizer's whole state as it begins: a vector for each key of its `parts`."""
+    inner, slots = _sharded(optimizer), _plain(whole_optimizer(optimizer)).recorded_slots
+    vectors = {}
+    for name, number in inner.parts:
+        layout = inner.layouts[number]
+        values = [slots[name, i].value for i in layout.indices]
+        vectors[name, number] = layout.flatten(values).numpy()
+    return vectors
+
+
+class _InHostMemory(RecordsSlots):
+    """Keras would create the slots where the model's variables are."""
+
+    def _new_slot(self, reference, name, initializer):
+        return self.add_variable(reference.shape, initializer, reference.dtype, name=name)
+
+
+def _end_together(failure):
+    """Raises on all workers what went wrong on worker 0, for which the others would wait."""
+    message = hvd.broadcast_object(failure and f"{type(failure).__name__}: {failure}")
+    if failure:
+        raise failure
+    if message:
+        raise RuntimeError(f"worker 0: {message}")
 
 
 def _shared_state(optimizer, whole):

@@ -38,7 +38,8 @@ def sharding_seconds(workers, parameters, bytes_per_second, latency, fixed):
 
     The gradients' reduce-scatter and the weights' all-gather are the two halves of the ring
     all-reduce that they replace. What is left is the update, of which others do 1 - 1/W, and the
-    small all-reduces between its sweeps.
+    small all-reduces between its sweeps. Copies into and out of the vectors that are sent are not
+    counted.
 
     Args:
         bytes_per_second: of the memory, as the update reaches it.
@@ -113,7 +114,7 @@ def show_sharding(options, fixed):
         for workers in (8, *PREDICTED_WORKERS):
             rate, latency = 1e9 * options.update_gbytes, 1e-6 * options.hop_microseconds
             seconds = sharding_seconds(workers, parameters, rate, latency, fixed)
-            saved = 4 * SLOTS * parameters * (1 - 1 / workers)
+            saved = 4 * parameters * (SLOTS - (SLOTS + 1) / workers)  # a part has its weights too
             print(
                 f"  {parameters / 1e6:>6,.1f} M parameters, {workers:>5,} workers: "
                 f"{1e3 * seconds:+8.1f} ms a step, {saved / 1e9:5.2f} GB less a worker"

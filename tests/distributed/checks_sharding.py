@@ -161,21 +161,39 @@ def check_a_saved_model_has_the_whole_state():
 def check_elastic_workers_divide_the_kept_state():
     model, optimizer = model_of("float32"), distributed("blended", True, {})
     train(model, optimizer, 4)
-    state = hvd.ElasticState([*model.variables, *optimizer.variables], update=4)
-    expect(RuntimeError, "before the first state had been shared", state.reset)
+    variables = [*model.variables, *optimizer.variables]
+    state = hvd.ElasticState(variables, update=4)
+
+    def check_kept(kept):
+        for value, variable in zip(kept, variables, strict=True):
+            np.testing.assert_array_equal(value, variable)
+
+    trained = [np.array(v) for v in variables]
     state.sync()
+    check_kept(trained)
     train(model, optimizer, 4)
     state.save()
-    kept = [np.array(v) for v in [*model.variables, *optimizer.variables]]
+    kept = [np.array(v) for v in variables]
     train(model, optimizer, 4)
     # A worker is lost, and after that one joins that knows nothing.
     state.restore()
     state.reset()
     if hvd.rank() == 1:
-        state._whole = None
+        state._whole, state._is_divided_anew = None, False
     state.sync()
-    for value, variable in zip(kept, [*model.variables, *optimizer.variables], strict=True):
-        np.testing.assert_array_equal(value, variable)
+    check_kept(kept)
+    # Without a loss and without a commit the workers go on from where they are.
+    state.save()
+    train(model, optimizer, 4)
+    trained = [np.array(v) for v in variables]
+    state.sync()
+    check_kept(trained)
+    # Before its first synchronisation a worker has the state that an optimizer begins with.
+    state._whole = None
+    state.reset()
+    assert {float(v) for v in np.ravel(optimizer.slots["hessian_diagonal"][0])} == {1.0}
+    assert not np.any(optimizer.slots["direction"][0])
+    state.sync()
     train(model, optimizer, 4)
     hvd.check_identical([*model.variables, *optimizer.variables])
 
@@ -204,6 +222,27 @@ def check_sharded_workers_skip_an_overflow_together():
         assert (flat(model.weights) == before).all() == is_skipped
         hvd.check_identical([*model.variables, *optimizer.variables])
     assert int(inner.iterations) == 1
+    # The file of the plain one has the scale and the slots of all.
+    model.optimizer = optimizer
+    folder = tempfile.mkdtemp() if hvd.rank() == 0 else None
+    path = hvd.broadcast_object(folder) + "/model.weights.h5"
+    expect(RuntimeError, "is sharded", model.save_weights, path)
+    with hvd.gathered(model):
+        if hvd.rank() == 0:
+            model.optimizer.save_own_variables(store := {})
+        store = hvd.broadcast_object(store if hvd.rank() == 0 else None)
+    before = {key: np.array(part) for key, part in inner.parts.items()}
+    assert float(optimizer.dynamic_scale) == 4.0
+    optimizer.dynamic_scale.assign(16.0)
+    for part in inner.parts.values():
+        part.assign(part + 1)
+    optimizer.load_own_variables(store)
+    assert float(optimizer.dynamic_scale) == 4.0
+    for key, part in inner.parts.items():
+        np.testing.assert_array_equal(before[key], part)
+    optimizer.dynamic_scale.assign(16.0)
+    optimizer.load_own_variables({})  # Keras warns that there is nothing
+    assert float(optimizer.dynamic_scale) == 16.0 and int(inner.iterations) == 1
 
 
 def check_what_cannot_be_sharded_is_refused():
@@ -213,6 +252,9 @@ def check_what_cannot_be_sharded_is_refused():
     expect(ValueError, "`clipnorm` needs whole variables", shard, NLCG(clipnorm=1.0))
     expect(ValueError, "`lars_coefficient`.*0.1", shard, NLCG(lars_coefficient=0.1))
     expect(ValueError, "Lamb is not known to update each", shard, keras.optimizers.Lamb(0.1))
+    expect(ValueError, "cannot be made again from its conf", shard, keras.optimizers.SGD(lambda: 1))
+    scaled = keras.optimizers.LossScaleOptimizer(NLCG())
+    expect(ValueError, "use compression='bf16'", hvd.DistributedOptimizer, scaled, "fp16", (), True)
     expect(ValueError, "`shard` must be", hvd.DistributedOptimizer, NLCG(), None, (), "yes")
     optimizer, model = shard(keras.optimizers.SGD(0.1)), model_of("float32")
     variables = model.trainable_variables
@@ -231,7 +273,26 @@ def check_what_cannot_be_sharded_is_refused():
     optimizer.apply(gradients[::-1], variables[::-1])
     for i, variable in enumerate(variables):
         np.testing.assert_allclose(variable.numpy(), -0.1 * i, rtol=1e-6)
+    optimizer.apply([0 * g for g in gradients])  # of all variables
     expect(ValueError, "built already", shard, plain_built())
+    expect(ValueError, "before a sharded", optimizer.exclude_from_weight_decay, None, ["bias"])
+    apart = shard(NLCG(fused=hvd.rank() == 0))
+    apart.build(variables)
+    expect(ValueError, "Worker 1 has no fused op.*fused=False", apart.apply, gradients, variables)
+
+
+def check_bfloat16_variables_can_be_sharded():
+    values = []
+    for is_sharded in (False, True):
+        variables = [keras.Variable(np.ones(shape), dtype="bfloat16") for shape in ((5,), (2, 3))]
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+        optimizer = hvd.DistributedOptimizer(optimizer, shard=is_sharded)
+        optimizer.build(variables)
+        for _ in range(3):
+            optimizer.apply([tf.cast(tf.fill(v.shape, 0.5), "bfloat16") for v in variables])
+        values.append(np.concatenate([np.ravel(v.numpy()) for v in variables]))
+    np.testing.assert_array_equal(*values)
+    scatter_optimizer(optimizer, gather_optimizer(optimizer))
 
 
 def plain_built():

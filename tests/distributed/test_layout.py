@@ -48,6 +48,13 @@ def test_kinds_of_variables_are_divided_apart():
     }
 
 
+def test_parts_of_very_long_vectors():
+    from nlcg_tf.horovod.collectives import lengths_of_parts
+
+    lengths = lengths_of_parts(10**10, 1000)
+    assert sum(lengths) == 10**10 and set(lengths) == {10**7}
+
+
 def test_long_vectors_are_several(monkeypatch):
     """Memory is given back to the system beyond some length."""
     from nlcg_tf.horovod import layout

@@ -91,9 +91,10 @@ def _replace(name, index, value):
     return spoil
 
 
-def _sweep(sweep, known):
+def _sweep(sweep, known, elements=20):
     def spoil(call):
-        call.arguments.update(sweep=sweep, known_sums=known, curvature_sums=[], trust_ratios=[])
+        call.arguments.update(sweep=sweep, known_sums=known, elements=elements)
+        call.arguments.update(curvature_sums=[], trust_ratios=[])
 
     return spoil
 
@@ -209,6 +210,8 @@ SPOILERS = {
     "sums of too few numbers": _sweep("direction", [tf.zeros(9, tf.float64)]),
     "a scalar for sums": _sweep("direction", [tf.zeros((), tf.float64)]),
     "negative elements": _set("elements", -1),
+    "elements of parts that there are not": _set("elements", 100),
+    "too few elements": _sweep("direction", [tf.zeros(10, tf.float64)], 11),
 }
 
 

@@ -39,7 +39,9 @@ def forecast(task, plan):
     )
     # Besides weights, gradients, their sums and the moving average.
     kept = slots(optimizer(schedule, task.default_line_search))
-    vectors = 4 + kept / (plan.workers if FLAGS.shard_optimizer else 1)
+    if FLAGS.shard_optimizer:
+        kept = (kept + 1) / plan.workers  # with the part's weights
+    vectors = 4 + kept
     state = 4 * vectors * parameters(model)
     images = plan.per_worker_batch_size * activation_bytes(model)
     lines.append(
