@@ -26,9 +26,12 @@ class Variant(choice.Choice):
     blind: bool = False
 
 
+MARKERS = {"-": "o", "--": "s", ":": "^"}  # variants of one colour differ in both
+
+
 def _variant(title, colour, line="-", decay=None, blind=False, **flags):
     flags = {**choice.flags_of("nlcg"), "line_search": "none", **flags}
-    return Variant(title, colour, line, "o", flags, decay=decay, blind=blind)
+    return Variant(title, colour, line, MARKERS[line], flags, decay=decay, blind=blind)
 
 
 ABLATION = {
