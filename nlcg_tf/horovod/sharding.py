@@ -32,6 +32,12 @@ ELEMENTWISE = (
     optimizers.Ftrl,
 )
 
+PARTS_ONLY = (
+    "This optimizer is sharded, each worker has a part of its state. Save inside of "
+    "`with nlcg_tf.horovod.gathered(model)`, which all workers enter; for tf.train.Checkpoint take "
+    "the optimizer that `gather_optimizer` returns."
+)
+
 # Settings whose state has the shapes of the whole variables.
 _OF_THE_WHOLE = ("use_ema", "gradient_accumulation_steps")
 
@@ -48,7 +54,10 @@ def why_not(optimizer):
         if getattr(optimizer, name, None):
             return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
     if optimizer.built:
-        return "it has been built already: distribute it before its first use"
+        return (
+            f"{type(optimizer).__name__} has been built already, and its state is whole. "
+            "Distribute a new optimizer, build it, and load the state with `load_weights` on every worker"
+        )
     try:  # as each save does
         type(optimizer).from_config(optimizer.get_config())
     except Exception as error:
@@ -94,10 +103,13 @@ class KeepsAPart:
 
     def save_own_variables(self, store):
         """Refused: a worker has a part only."""
-        raise RuntimeError(
-            "This optimizer is sharded, each worker has a part of its state. Save inside of "
-            "`with nlcg_tf.horovod.gathered(model)`, which all workers enter."
-        )
+        raise RuntimeError(PARTS_ONLY)
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        """Refused for `tf.train.Checkpoint`, which would take one worker's part for all."""
+        if save_type == "checkpoint":
+            raise RuntimeError(PARTS_ONLY)
+        return super()._trackable_children(save_type, **kwargs)
 
     def load_own_variables(self, store):
         """Restores this worker's part of a whole state; to be called on every worker."""

@@ -23,7 +23,7 @@ def gathered(model: keras.Model) -> Iterator[None]:
     Raises:
         ValueError: if the model's optimizer is not sharded, or not built.
     """
-    sharded = model.optimizer
+    sharded = getattr(model, "optimizer", None)
     whole = gather_optimizer(sharded)
     if whole is not None:
         model.optimizer = whole
@@ -73,10 +73,11 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
 
     Args:
         optimizer: made by `DistributedOptimizer(shard=True)`, and built.
-        whole: on worker 0 what `whole_optimizer` or `gather_optimizer` made; elsewhere `None`.
+        whole: on worker 0 what `whole_optimizer` or `gather_optimizer` made, perhaps restored by
+            `tf.train.Checkpoint`; elsewhere `None`.
 
     Raises:
-        ValueError: for another optimizer.
+        ValueError: for another optimizer; on the other workers a RuntimeError if `whole` is none.
     """
     inner = _sharded(optimizer)
     fits = hvd.rank() > 0 or set(inner.recorded_slots) - set(inner.parts) | {

@@ -129,6 +129,8 @@ def check_a_saved_model_has_the_whole_state():
     model.compile(optimizer=distributed("blended", True, {}), loss="mse")
     train(model, model.optimizer, 4)
     expect(RuntimeError, "is sharded.*gathered", model.save, path + ".part.keras")
+    checkpoint = tf.train.Checkpoint(optimizer=model.optimizer)
+    expect(RuntimeError, "is sharded.*gather_optimizer", checkpoint.save, path + ".checkpoint")
     with hvd.gathered(model):
         if hvd.rank() == 0:
             model.save(path)

@@ -67,7 +67,7 @@ def run(task):
     try:
         trainer = _make_trainer(task, plan, cluster)
     except ValueError as error:
-        failure = error
+        failure = f"--shard_optimizer: {error}" if FLAGS.shard_optimizer else error
     _end_if_any_failed(failure, OneProcess() if is_elastic() else cluster)
     try:
         if is_elastic():
