@@ -56,7 +56,8 @@ def why_not(optimizer):
     if optimizer.built:
         return (
             f"{type(optimizer).__name__} has been built already, and its state is whole. "
-            "Distribute a new optimizer, build it, and load the state with `load_weights` on every worker"
+            "Distribute a new optimizer, build it, and load the state with `load_weights` on every "
+            "worker"
         )
     try:  # as each save does
         type(optimizer).from_config(optimizer.get_config())
