@@ -46,7 +46,7 @@ def DistributedOptimizer(
         ValueError: by the first training step, on all workers, if a variable has a gradient on some
             of them only.
     """
-    _check(optimizer, compression, shard)
+    _check(optimizer, compression, average_with, shard)
     inner = getattr(optimizer, "inner_optimizer", None)
     target = optimizer
     if shard:
@@ -69,7 +69,7 @@ def _exchange_class(optimizer, base):
     optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
 
 
-def _check(optimizer, compression, shard):
+def _check(optimizer, compression, average_with, shard):
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             f"`optimizer` must be a Keras 3 optimizer. Received: optimizer={optimizer!r}"
@@ -82,11 +82,15 @@ def _check(optimizer, compression, shard):
             "with Keras 3 and would accumulate and sum gradients a second time. Pass the plain "
             f"optimizer. Received: optimizer={optimizer!r}"
         )
-    if compression not in COMPRESSIONS:
+    if not isinstance(compression, str | None) or compression not in COMPRESSIONS:
         raise ValueError(
             f"`compression` must be None, 'fp16' or 'bf16'. Received: compression={compression!r}"
         )
-    if shard not in (True, False):
+    if not isinstance(average_with, Sequence):
+        raise ValueError(
+            f"`average_with` must be a list of variables. Received: average_with={average_with!r}"
+        )
+    if not isinstance(shard, bool):
         raise ValueError(f"`shard` must be True or False. Received: shard={shard!r}")
     if shard and (reason := why_not(optimizer)):
         raise ValueError(f"`shard=True`: {reason}")

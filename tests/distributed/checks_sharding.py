@@ -257,6 +257,8 @@ def check_what_cannot_be_sharded_is_refused():
     expect(ValueError, "cannot be made again from its conf", shard, keras.optimizers.SGD(lambda: 1))
     scaled = keras.optimizers.LossScaleOptimizer(NLCG())
     expect(ValueError, "use compression='bf16'", hvd.DistributedOptimizer, scaled, "fp16", (), True)
+    expect(ValueError, "`average_with` must be.*3", shard, NLCG(), average_with=3)
+    expect(ValueError, "`compression` must be", shard, NLCG(), compression=["fp16"])
     expect(ValueError, "`shard` must be", hvd.DistributedOptimizer, NLCG(), None, (), "yes")
     optimizer, model = shard(keras.optimizers.SGD(0.1)), model_of("float32")
     variables = model.trainable_variables

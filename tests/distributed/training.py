@@ -45,11 +45,11 @@ def trained(optimizer, model, loss, x, y, micro_batches=1, callbacks=(), **compi
     return model
 
 
-def expect(kind, pattern, function, *arguments):
+def expect(kind, pattern, function, *arguments, **keywords):
     import re
 
     try:
-        function(*arguments)
+        function(*arguments, **keywords)
     except kind as error:
         assert re.search(pattern, str(error), re.S), (pattern, str(error))
     else:

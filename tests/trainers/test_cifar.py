@@ -1,5 +1,6 @@
 """The CIFAR trainer as a user starts it."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -49,6 +50,9 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path):
         "colour": ["--colour=red"],
         "unknown arguments: digits": ["digits"],
     }
+    if importlib.util.find_spec("horovod"):
+        message = "--shard_optimizer: `lars_coefficient` needs whole variables"
+        cases[message] = ["--shard_optimizer", "--lars_coefficient=0.1", "--dry_run", "--workers=2"]
     run_folder = f"--output_dir={tmp_path / 'run'}"
     commands = [["--depth=8", run_folder, *flags] for flags in cases.values()]
     for message, result in zip(cases, run_each("trainers.cifar", commands, tmp_path)):

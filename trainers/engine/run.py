@@ -96,12 +96,26 @@ def _prepare(task, size, cluster):
             raise ValueError("--workers is for --dry_run: a launcher decides how many there are")
         task.check()
         plan = _plan(task, size)
-        if not FLAGS.dry_run:
+        if FLAGS.dry_run:
+            _check_sharding(task, plan)
+        else:
             task.load()
     except (ValueError, OSError) as error:
         failure = error
     _end_if_any_failed(failure, cluster)
     return plan
+
+
+def _check_sharding(task, plan):
+    """What a run would refuse when it makes its optimizer, which a dry run does not distribute."""
+    if not FLAGS.shard_optimizer:
+        return
+    try:
+        from nlcg_tf.horovod.sharding import why_not
+    except ImportError:
+        return  # without Horovod there is one worker, who ignores the flag
+    if reason := why_not(optimizer(task.schedule(plan), task.default_line_search)):
+        raise ValueError(f"--shard_optimizer: {reason}")
 
 
 def _make_trainer(task, plan, cluster):
