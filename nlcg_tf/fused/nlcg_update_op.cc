@@ -255,10 +255,12 @@ class NlcgUpdateOp : public OpKernel {
   using Adopted = std::vector<std::unique_ptr<Tensor>>;
 
   absl::Status CheckElements(OpKernelContext* ctx) const {
+    if (sweep_ == nlcg::kAllSweeps) return absl::OkStatus();
     int64_t own = 0;
-    for (int i = 0; i < layout_.n; ++i)
+    for (int i = 0; i < layout_.n; ++i) {
       own += ctx->input(layout_.input.gradients + i).NumElements();
-    if (sweep_ == nlcg::kAllSweeps || elements_ >= own) return absl::OkStatus();
+    }
+    if (elements_ >= own) return absl::OkStatus();
     return Invalid("NlcgUpdate: elements must be those of all parts, at least ", own, ", is ",
                    elements_);
   }

@@ -80,14 +80,13 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
         ValueError: for another optimizer; on the other workers a RuntimeError if `whole` is none.
     """
     inner = _sharded(optimizer)
-    fits = hvd.rank() > 0 or set(inner.recorded_slots) - set(inner.parts) | {
-        (name, i) for name, number in inner.parts for i in inner.layouts[number].indices
-    } == set(getattr(_plain(whole), "recorded_slots", ()))
-    _end_together(
-        None
-        if fits
-        else ValueError(f"`whole` must be of `whole_optimizer`. Received: whole={whole!r}")
-    )
+    wanted = {key for key in inner.recorded_slots if key not in inner.parts}
+    for name, number in inner.parts:
+        wanted.update((name, i) for i in inner.layouts[number].indices)
+    failure = None
+    if hvd.rank() == 0 and set(getattr(_plain(whole), "recorded_slots", ())) != wanted:
+        failure = ValueError(f"`whole` must be of `whole_optimizer`. Received: whole={whole!r}")
+    _end_together(failure)
     for name, number in sorted(inner.parts):
         layout = inner.layouts[number]
         if hvd.rank() == 0:

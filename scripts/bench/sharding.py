@@ -24,8 +24,6 @@ import tensorflow as tf
 
 from scripts.shared.timing import interleaved, machine, ratio, show_ratio, write_json
 
-PARAMETERS = "resnet50"
-
 
 def optimizers():
     import nlcg_tf
@@ -133,7 +131,7 @@ def bench(name, make, shapes, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parameters", default=PARAMETERS, help="resnet50, resnet32 or a number")
+    parser.add_argument("--parameters", default="resnet50", help="resnet50, resnet32 or a number")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="file for all figures")
     options = parser.parse_args()

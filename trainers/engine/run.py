@@ -67,7 +67,9 @@ def run(task):
     try:
         trainer = _make_trainer(task, plan, cluster)
     except ValueError as error:
-        failure = f"--shard_optimizer: {error}" if FLAGS.shard_optimizer else error
+        if not FLAGS.shard_optimizer:
+            raise
+        failure = f"--shard_optimizer: {error}"
     _end_if_any_failed(failure, OneProcess() if is_elastic() else cluster)
     try:
         if is_elastic():
