@@ -1,6 +1,7 @@
 """The NLCG optimizer, after Adya, Palakkode & Tuzel 2018, arXiv 1812.02886."""
 
 import logging
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,6 +116,11 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         check_number("epsilon", epsilon, 1e-37, 1e30)
         if lars_coefficient is not None:
             check_number("lars_coefficient", lars_coefficient, 1e-300, 1e30)
+        # Keras takes these as they come.
+        if isinstance(learning_rate, numbers.Real):
+            check_number("learning_rate", learning_rate, 0, 1e30)
+        if kwargs.get("weight_decay"):
+            check_number("weight_decay", kwargs["weight_decay"], 0, 1e30)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.update_rule = update_rule
         self.preconditioner = preconditioners.get(preconditioner)

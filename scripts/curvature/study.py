@@ -182,7 +182,9 @@ def open_log(path):
 
 
 def parsed_options(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.curvature", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--folder", default="runs/curvature", help="for all that is written")
     parser.add_argument("--problems", nargs="+", choices=UPDATES, default=list(UPDATES))
     parser.add_argument("--optimizers", nargs="+", choices=KNOWN, default=STUDIED)

@@ -34,6 +34,10 @@ from tests.support.problems import regression_data, regression_model
         {"nesterov": 1},
         {"momentum": 1.0},
         {"momentum": None},
+        {"learning_rate": float("nan")},
+        {"learning_rate": -0.1},
+        {"weight_decay": -0.1},
+        {"weight_decay": float("inf")},
     ],
     ids=str,
 )
