@@ -81,7 +81,16 @@ setup(
         ],
         # PyPI's source does not compile for TensorFlow 2.21: scripts/build_wheel.sh makes a wheel.
         "horovod": ["horovod==0.28.1"],
-        "test": ["jax", "mypy", "pillow", "psutil", "pytest", "ruff==0.17.6", "scipy"],
+        "test": [
+            "jax",
+            "mypy",
+            "pillow",
+            "psutil",
+            "pytest",
+            "pytest-xdist",
+            "ruff==0.17.6",
+            "scipy",
+        ],
         # Of the API pages the sources are read, not run: they need nothing else.
         "docs": [
             "mkdocs-material==9.8.1",

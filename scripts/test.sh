@@ -2,6 +2,7 @@
 # The tests, after the set-up, ruff and mypy. Arguments go to pytest.
 #
 #   scripts/test.sh                  scripts/test.sh -k optimizer
+#                                    scripts/test.sh -n 0 --pdb: in one process
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
@@ -10,4 +11,5 @@ set -x
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# A file's tests stay together; two files at once, since most tests are one thread's work.
+exec python -m pytest -n $(($(nproc) > 1 ? 2 : 1)) --dist loadfile "$@"
