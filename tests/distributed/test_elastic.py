@@ -52,7 +52,7 @@ class Job:
         self.process.wait(timeout=60)
 
     def finish(self):
-        assert self.process.wait(timeout=480) == 0, self.log.read_text()[-4000:]
+        assert self.process.wait(timeout=240) == 0, self.log.read_text()[-4000:]
         return self.log.read_text()
 
 

@@ -79,7 +79,7 @@ def setup(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=240,
+            timeout=120,
         )
         return result.returncode, result.stdout, log.read_text().split()
 
