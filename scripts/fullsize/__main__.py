@@ -44,7 +44,9 @@ def parsed_options(words=None):
     parser.add_argument("--config", type=pathlib.Path, required=True, help="definition of the runs")
     parser.add_argument("--data", type=pathlib.Path, help="what --export wrote")
     parser.add_argument("--folder", type=pathlib.Path, help="of the run folders")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="end with the epoch that lasts so long"
+    )
     parser.add_argument(
         "--per_step_batch_size", type=int, help="images that batch norm sees at once"
     )
@@ -91,21 +93,36 @@ def groups(names, runs, done, most):
 
 def make_runs(options):
     """Makes the runs that are not finished; returns whether all are now."""
-    from scripts.fullsize.runs import BEST, Group, best_factor, configure, full_flags, saved_epochs
+    from scripts.fullsize.runs import (
+        BEST,
+        Group,
+        best_factor,
+        check_same,
+        configure,
+        full_flags,
+        saved_epochs,
+    )
 
     deadline = time.monotonic() + 60 * options.minutes
     configure(options.precision, options.folder / ".compiled")
     runs = read_runs(options.config)
     for name, run in runs.items():
-        run["flags"] = full_flags(name, run["flags"], options.per_step_batch_size)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write(options.folder / "sweep.json", json.dumps(runs, indent=1) + "\n")
+        run["flags"] = full_flags(
+            name, run["flags"], options.per_step_batch_size, options.precision
+        )
     places = {name: options.folder / "runs" / name for name in runs}
     waiting = [name for name in runs if not (places[name] / SUMMARY).exists()]
+    for name, run in runs.items():
+        if name not in waiting:
+            check_same(places[name], run["flags"])
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write(options.folder / "sweep.json", json.dumps(runs, indent=1) + "\n")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} done before", flush=True)
     done = {name: saved_epochs(places[name]) for name in waiting}
     loaded = {}
-    for names in groups(waiting, runs, done, options.seeds_together):
+    for i, names in enumerate(groups(waiting, runs, done, options.seeds_together)):
+        if i and time.monotonic() > deadline:
+            return False
         if runs[names[0]]["flags"]["learning_rate_factor"] == BEST:
             factor = best_factor(names[0], runs, places)
             if factor is None:
@@ -117,7 +134,6 @@ def make_runs(options):
             loaded[dataset] = data_files.ImageFiles(options.data, dataset)
         group = Group({name: runs[name] for name in names}, places, loaded[dataset])
         if not group.train(deadline):
-            print("out of time: the same command goes on", flush=True)
             return False
     return True
 
@@ -134,7 +150,9 @@ def main():
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    raise SystemExit(0 if finished else SAVED)
+    if not finished:
+        print("out of time: the same command goes on")
+        raise SystemExit(SAVED)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,12 @@ def export(dataset, data_dir, folder):
 
     Raises:
         OSError: if the data are not there.
+        ValueError: for an unknown name.
     """
     from trainers.data.memory import DATA_SETS
 
+    if dataset not in DATA_SETS:
+        raise ValueError(f"--dataset must be one of {', '.join(DATA_SETS)}. Received: {dataset}")
     data = DATA_SETS[dataset].load(data_dir, False)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {}

@@ -1,7 +1,6 @@
 """The run folders of full-size runs: their records, and the state from which they go on."""
 
 import contextlib
-import json
 import os
 import time
 
@@ -11,11 +10,12 @@ import numpy as np
 
 from scripts.fullsize.training import Training
 from trainers import flags as trainer_flags
-from trainers.engine.folder import SUMMARY, RunFolder, read_json
+from trainers.engine.folder import SUMMARY, RunFolder, read_flags, read_json
 
 STATE = "state.npz"
 BEST = "best"  # as a factor on the rate: that of the finished runs with other seeds
-OF_THE_DATA = {"depth": None, "dataset": None, "training_examples": None}
+# Those of trainers.cifar alone, and what is none of the trainers' flags.
+BESIDES = {"depth": None, "dataset": None, "training_examples": None, "precision": "float32"}
 # Flags that are something else here.
 ELSEWHERE = {"compression": "none", "dtype_policy": "float32"}
 
@@ -34,13 +34,13 @@ def configure(precision, cache):
     keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
 
 
-def full_flags(name, given, per_step_batch_size=None):
+def full_flags(name, given, per_step_batch_size=None, precision="float32"):
     """All flags of a run: those given, and the trainers' defaults.
 
     Raises:
         ValueError: for a flag that the trainers have not, or that means nothing here.
     """
-    flags = {**OF_THE_DATA, **trainer_flags.defaults()}
+    flags = {**BESIDES, **trainer_flags.defaults()}
     if unknown := [flag for flag in given if flag not in flags]:
         raise ValueError(f"{name}: --{unknown[0]} is no flag of trainers.cifar")
     flags.update(given)
@@ -51,7 +51,23 @@ def full_flags(name, given, per_step_batch_size=None):
         raise ValueError(f"{name}: --dataset and --depth are needed")
     if per_step_batch_size:
         flags["per_worker_batch_size"] = per_step_batch_size
+    flags["precision"] = precision
     return flags
+
+
+def check_same(place, flags):
+    """Checks that a run folder is of a run with these flags.
+
+    Raises:
+        ValueError: if one that decides the result was another.
+    """
+    saved = read_flags(place) or {}
+    for name in sorted({*trainer_flags.DECISIVE, *BESIDES, "per_worker_batch_size"}):
+        if flags[name] not in (BEST, saved.get(name)):
+            raise ValueError(
+                f"{place} is of a run with --{name}={saved.get(name)}, not {flags[name]}: "
+                "choose another --folder"
+            )
 
 
 def best_factor(name, runs, places):
@@ -180,16 +196,16 @@ class Group:
         images = plan.updates_per_epoch * plan.global_batch_size
         summary["seconds"] = sum(images / speed for speed in speeds)
         folder.finish(summary)
+        (folder.path / STATE).unlink(missing_ok=True)
 
     def _save(self, state, epochs):
         """Saves each run's own part of the state, so that any of them may go on."""
         leaves = jax.device_get(jax.tree.leaves(state))
-        for i, (place, flags) in enumerate(zip(self.places, self.flags)):
+        for i, place in enumerate(self.places):
             own = leaves if len(self.places) == 1 else [leaf[i] for leaf in leaves]
             partial = place / f"{STATE}.partial"
             with partial.open("wb") as file:
-                identity = json.dumps(self._identity(flags))
-                np.savez(file, *own, epochs=epochs, identity=identity)
+                np.savez(file, *own, epochs=epochs)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(place / STATE)
@@ -206,11 +222,8 @@ class Group:
         for place, flags in zip(self.places, self.flags):
             if not (place / STATE).exists():
                 return state, 0
+            check_same(place, flags)
             with np.load(place / STATE) as saved:
-                if json.loads(str(saved["identity"])) != self._identity(flags):
-                    raise ValueError(
-                        f"{place} is of a run with other flags: choose another --folder"
-                    )
                 found.append([saved[f"arr_{i}"] for i in range(len(leaves))])
                 done = int(saved["epochs"])
         if len(found) == 1:
@@ -218,8 +231,3 @@ class Group:
         else:
             leaves = [np.stack(parts) for parts in zip(*found)]
         return jax.tree.unflatten(structure, jax.device_put(leaves)), done
-
-    def _identity(self, flags):
-        names = [*trainer_flags.DECISIVE, *OF_THE_DATA, "per_worker_batch_size"]
-        policy = keras.config.dtype_policy().name, jax.config.jax_default_matmul_precision
-        return {**{name: flags[name] for name in sorted(set(names))}, "precision": list(policy)}

@@ -52,8 +52,9 @@ class Training:
         )
         self.optimizer = from_flags(flags, self.schedule, cifar_line_search(batch))
         self.optimizer.build(self.model.trainable_variables)
-        self.images, self.labels = jnp.asarray(images), jnp.asarray(labels)
-        self.test_images, self.test_labels = map(jnp.asarray, data.test)
+        # Arguments of what is compiled: as constants they would lie in each program.
+        self.train = jnp.asarray(images), jnp.asarray(labels)
+        self.test = tuple(map(jnp.asarray, data.test))
         self.compile(loops_in_python=jax.default_backend() == "cpu")
 
     def compile(self, loops_in_python):
@@ -62,12 +63,14 @@ class Training:
         def as_it_is(step):
             return step
 
-        across = jax.vmap if len(self.seeds) > 1 else as_it_is
+        def across(step, *axes):
+            return jax.vmap(step, axes) if len(self.seeds) > 1 else step
+
         body, whole = (jax.jit, as_it_is) if loops_in_python else (as_it_is, jax.jit)
         self._scan = _loop if loops_in_python else jax.lax.scan
-        self._add = body(across(self._add_gradient))
-        self._finish = body(across(self._finish_update))
-        self._test = body(across(self._test_batch))
+        self._add = body(across(self._add_gradient, None, 0, 0, 0, 0))
+        self._finish = body(across(self._finish_update, 0, 0))
+        self._test = body(across(self._test_batch, None, 0, 0))
         self._epoch, self._evaluation = whole(self._train_epoch), whole(self._evaluate)
 
     def initial_state(self):
@@ -99,14 +102,14 @@ class Training:
         plan, alone = self.plan, len(self.seeds) == 1
         count = plan.updates_per_epoch * plan.global_batch_size
         shape = (plan.updates_per_epoch, plan.micro_steps, 1, -1)
-        orders = [epoch_indices(len(self.labels), count, seed, epoch) for seed in self.seeds]
+        orders = [epoch_indices(len(self.train[1]), count, seed, epoch) for seed in self.seeds]
         order = np.concatenate([indices.reshape(shape) for indices in orders], axis=2)
         examples = order, np.broadcast_to(np.arange(count).reshape(shape), order.shape)
         keys = [jax.random.fold_in(jax.random.key(seed), epoch) for seed in self.seeds]
         if alone:
             examples = [x[:, :, 0] for x in examples]
         key = keys[0] if alone else jnp.stack(keys)
-        state, log = self._epoch(state, key, tuple(map(jnp.asarray, examples)))
+        state, log = self._epoch(self.train, state, key, tuple(map(jnp.asarray, examples)))
         log = jax.device_get(log)
         if alone:
             return state, [log]
@@ -114,7 +117,7 @@ class Training:
 
     def evaluate(self, state):
         """Loss and accuracies on the test images, also of the averaged weights, of each run."""
-        figures = np.asarray(self._evaluation(state)).reshape(len(self.seeds), 2, 3)
+        figures = np.asarray(self._evaluation(self.test, state)).reshape(len(self.seeds), 2, 3)
         names = ("test_loss", "top1", "top5"), (None, "averaged_top1", "averaged_top5")
         return [
             {
@@ -126,10 +129,10 @@ class Training:
             for run in figures
         ]
 
-    def _train_epoch(self, state, key, examples):
-        return self._scan(functools.partial(self._update, key), state, examples)
+    def _train_epoch(self, train, state, key, examples):
+        return self._scan(functools.partial(self._update, train, key), state, examples)
 
-    def _update(self, key, state, examples):
+    def _update(self, train, key, state, examples):
         """One update over all micro-batches of a virtual batch."""
         sums = {
             "statistics": state["statistics"],
@@ -139,14 +142,14 @@ class Training:
         sums.update(loss=zeros, entire_loss=zeros, correct=zeros)
 
         def add(sums, part):
-            return self._add(key, state["weights"], sums, part), None
+            return self._add(train, key, state["weights"], sums, part), None
 
         sums, _ = self._scan(add, sums, examples)
         return self._finish(state, sums)
 
-    def _add_gradient(self, key, weights, sums, part):
+    def _add_gradient(self, train, key, weights, sums, part):
         """Adds a micro-batch to the gradient and loss of the virtual batch."""
-        images, labels = self._batch(key, *part)
+        images, labels = self._batch(train, key, *part)
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         (loss, (statistics, hits)), gradients = gradient(
             weights, sums["statistics"], images, labels
@@ -198,13 +201,13 @@ class Training:
         hits = jnp.sum(_in_top(logits, labels, 1))
         return jnp.mean(entropy) + sum(losses), (statistics, hits)
 
-    def _batch(self, key, indices, places):
+    def _batch(self, train, key, indices, places):
         """Images, augmented and standardised, and labels of a micro-batch."""
-        images = self.images[indices]
+        images, labels = (part[indices] for part in train)
         if self.augment:
             draws = jax.vmap(lambda place: jax.random.bits(jax.random.fold_in(key, place), (3,)))
             images = self._augment(images, draws(places))
-        return _standardise(images), self.labels[indices]
+        return _standardise(images), labels
 
     def _augment(self, images, draws):
         pad, (height, width) = self.data.padding, images.shape[1:3]
@@ -219,9 +222,9 @@ class Training:
 
         return jax.vmap(crop)(padded, draws)
 
-    def _evaluate(self, state):
+    def _evaluate(self, test, state):
         """Loss, top-1 and top-5 with the weights, and with their averages: `(..., 2, 3)`."""
-        count = len(self.test_labels)
+        count = len(test[1])
         steps = -(-count // TEST_BATCH_SIZE)
         places = jnp.arange(steps * TEST_BATCH_SIZE).reshape(steps, -1)
         side_by_side = state["updates"].shape
@@ -229,16 +232,17 @@ class Training:
         places = jnp.broadcast_to(places[:, None] if side_by_side else places, shape)
 
         def step(sums, places):
-            return sums + self._test(state, places), None
+            return sums + self._test(test, state, places), None
 
         sums, _ = self._scan(step, jnp.zeros((*side_by_side, 2, 3)), places)
         return sums / count
 
-    def _test_batch(self, state, places):
+    def _test_batch(self, test, state, places):
         """The sums over a batch of test images; those past the last count nothing."""
-        indices = jnp.minimum(places, len(self.test_labels) - 1)
-        counted = (places < len(self.test_labels)).astype(jnp.float32)
-        images, labels = _standardise(self.test_images[indices]), self.test_labels[indices]
+        indices = jnp.minimum(places, len(test[1]) - 1)
+        counted = (places < len(test[1])).astype(jnp.float32)
+        images, labels = (part[indices] for part in test)
+        images = _standardise(images)
         rows = []
         for weights in (state["weights"], state["averages"]):
             logits, _ = self.model.stateless_call(

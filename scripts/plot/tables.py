@@ -78,7 +78,9 @@ def table(runs):
         lines += _tables(common[common["epochs"] == epochs], title)
     if has_search(runs):
         best = tuned(runs)
-        factors = ", ".join(f"{f:g}" for f in sorted(runs["learning_rate_factor"].unique()))
+        factors = ", ".join(
+            f"{f:g}" for f in sorted(runs["learning_rate_factor"].dropna().unique())
+        )
         lines += [
             "The factor on the learning rate is the one with the highest mean top-1, on the test "
             f"images, of those that the most seeds finished with. Factors: {factors}.",

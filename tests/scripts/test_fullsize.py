@@ -83,7 +83,7 @@ def started(*words):
     return subprocess.run(
         [*map(str, words)],
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -143,8 +143,13 @@ def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
     command = ["-m", "scripts.fullsize", f"--data={data}", f"--config={data / 'runs.json'}"]
     folder = tmp_path / "study"
     assert python(*command, f"--folder={folder}", "--minutes=1e-6").returncode == 75
-    # As if the kernels had been checked by an earlier call.
+    # As if the kernels had been checked by an earlier call, on another machine.
     (tmp_path / "kernels.txt").write_text("exit status 0")
+    with tarfile.open(tmp_path / "results.tar.gz", "w:gz") as archive:
+        for path in (tmp_path / "kernels.txt", folder):
+            archive.add(path, path.name)
+    shutil.rmtree(folder)
+    (tmp_path / "kernels.txt").unlink()
     result = started(ROOT / "scripts" / "on_gpu.sh", data, tmp_path, "--minutes=9")
     assert result.returncode == 0, result.stderr
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
@@ -157,6 +162,8 @@ def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
         assert [r["epoch"] for r in records if r["type"] == "epoch"] == [1, 2]
         assert "kappa" in records[-1] and read_json(place / "summary.json")["updates"] == 4
     assert read_flags(second)["learning_rate_factor"] == 2
+    result = python(*command, f"--folder={folder}", "--precision=bfloat16")
+    assert result.returncode == 2 and "--precision=float32, not bfloat16" in result.stderr
     # The first run again, by itself, without an interruption.
     runs = json.loads((data / "runs.json").read_text())
     (tmp_path / "one.json").write_text(json.dumps({first.name: runs[first.name]}))

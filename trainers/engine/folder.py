@@ -15,7 +15,7 @@ import subprocess
 
 FLAGS, METRICS, SUMMARY = "flags.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, BOARD = "checkpoints", "tensorboard"
-PACKAGES = ("tensorflow", "keras", "numpy", "horovod", "nlcg_tf")
+PACKAGES = ("tensorflow", "keras", "jax", "numpy", "horovod", "nlcg_tf")
 # Among the saved flags there is what they do not say of the task.
 DESCRIBED = ("trainer", "classes", "class_names")
 
