@@ -37,7 +37,7 @@ if jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
     sys.exit("error: JAX sees no GPU")
 PYTHON
 mkdir -p "$out"
-if [ -e "$out/results.tar.gz" ] && [ ! -e "$out/study" ]; then
+if [ -e "$out/results.tar.gz" ] && [ ! -e "$out/gpu.csv" ]; then # made on another machine
   tar xzf "$out/results.tar.gz" -C "$out"
 fi
 if [ ! -e "$out/kernels.txt" ]; then
