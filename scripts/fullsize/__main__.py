@@ -45,7 +45,7 @@ def parsed_options(words=None):
     parser.add_argument("--data", type=pathlib.Path, help="what --export wrote")
     parser.add_argument("--folder", type=pathlib.Path, help="of the run folders")
     parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="end with the epoch that lasts so long"
+        "--minutes", type=float, default=float("inf"), help="end after the epoch in which they pass"
     )
     parser.add_argument(
         "--per_step_batch_size", type=int, help="images that batch norm sees at once"
