@@ -8,7 +8,7 @@ import itertools
 from keras import ops
 
 from nlcg_tf import direction, noise
-from nlcg_tf.preconditioner import Identity, uses_steps
+from nlcg_tf.preconditioner import Preconditioner
 from nlcg_tf.reductions import all_finite, dot, total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
@@ -23,6 +23,8 @@ REALS: tuple[str, ...] = (
 )
 REALS += ("tested_loss", "left_over", "foretold", "mean_square", "first_square")
 REALS += ("mean_length", "cap")
+# The slots that are not the preconditioner's.
+OWN_SLOTS = ("direction", "previous_gradient", "previous_preconditioned")
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
 
 
@@ -58,10 +60,10 @@ class Stages:
         dtype = optimizer.compute_dtype
 
         def read(xs):
-            return [ops.cast(x, dtype) for x in xs]
+            return [None if x is None else ops.cast(x, dtype) for x in xs]
 
         self.optimizer = optimizer
-        self.preconditioner = optimizer.preconditioner or Identity()
+        self.preconditioner = optimizer.preconditioner or Preconditioner()
         self.blends = optimizer.update_rule == "blended"
         self.old = dict(zip(optimizer.real_names, _unstack(variables["reals"])))
         self.old.update(zip(COUNTS, _unstack(variables["counts"])))
@@ -71,7 +73,10 @@ class Stages:
         self.g, self.w = read(gradients), read(variables["weights"])
         slots = {name: read(slot) for name, slot in variables["slots"].items()}
         self.d, self.g_prev = slots["direction"], slots.get("previous_gradient")
-        self.state = {name: slots[name] for name in self.preconditioner.initial_state()}
+        self.kept_before = slots.get("previous_preconditioned")
+        self.state = {name: x for name, x in slots.items() if name not in OWN_SLOTS}
+        # What the preconditioner sees of the weights.
+        self.weights = self.w if self.preconditioner.uses_weights else None
         self.positions = positions
         if optimizer.lars_coefficient:
             self.ratio_rows = _unstack(variables["trust_ratios"])
@@ -90,12 +95,15 @@ class Stages:
         """What the last step tells: its curvature, how noisy gradients are, the preconditioner."""
         old, y, s = self.old, None, None
         curvature, kappa = ops.zeros_like(self.alpha), ops.zeros_like(self.alpha)
-        needs_step = uses_steps(self.optimizer.preconditioner) or self.blends
+        needs_step = self.preconditioner.uses_steps or self.blends
         self.preconditioned_before = before = None
         if self.optimizer.update_rule == "polak_ribiere" or (
             needs_step and self.optimizer.nesterov
         ):
-            before, _ = self.preconditioner.apply(self.state, self.g_prev, self.optimizer.epsilon)
+            before = self.kept_before
+            if before is None:
+                epsilon = self.optimizer.epsilon
+                before, _ = self.preconditioner.apply(self.state, self.g_prev, None, epsilon)
             self.preconditioned_before = before
         if needs_step:
             step = self._look_ahead(before, self.d, old["beta"], old["kappa"], old["cap"])
@@ -104,7 +112,7 @@ class Stages:
                 sizes = [old["step_size"] * self.ratio_rows[i] for i in self.positions]
             y = [g_i - p_i for g_i, p_i in zip(self.g, self.g_prev)]
             s = [size_i * step_i for size_i, step_i in zip(sizes, step)]
-        if uses_steps(self.optimizer.preconditioner):
+        if self.preconditioner.uses_steps:
             curvature = dot(y, s)
         if self.blends:
             slopes = dot(self.g, s), dot(self.g_prev, s)
@@ -113,16 +121,21 @@ class Stages:
                 self.loss, old["tested_loss"], *slopes, *means, old["updates"]
             )
             self.new.update(tested_loss=self.loss, left_over=left_over, foretold=foretold)
-        self.state, self.accepted = self.preconditioner.update(self.state, self.g, y, s, kappa)
+        self.state, self.accepted = self.preconditioner.update(
+            self.state, self.g, self.weights, y, s, kappa
+        )
         self.new.update(curvature=curvature, kappa=kappa)
 
     def finish_direction(self):
         """beta and the direction; with the blended rule the length of the step."""
         old, optimizer, kappa = self.old, self.optimizer, self.new["kappa"]
-        z, mean = self.preconditioner.apply(self.state, self.g, optimizer.epsilon)
+        z, mean = self.preconditioner.apply(self.state, self.g, self.weights, optimizer.epsilon)
+        self.preconditioned = z
         delta_new = dot(self.g, z)
         if self.blends:
             beta = direction.blended(delta_new, old["delta"], kappa, optimizer.momentum)
+        elif optimizer.update_rule == "momentum":
+            beta = ops.full_like(delta_new, optimizer.momentum)
         elif optimizer.update_rule == "polak_ribiere":
             delta_mid = dot(self.g, self.preconditioned_before)
             beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
@@ -183,10 +196,12 @@ class Stages:
             variable.assign(ops.where(applied, value, ops.convert_to_tensor(variable)))
 
         values = {"direction": self.d, "previous_gradient": self.g, **self.state}
+        values["previous_preconditioned"] = self.preconditioned
         pairs = [zip(variables["weights"], self.w)]
         pairs += [zip(slot, values[name]) for name, slot in variables["slots"].items()]
         for variable, value in itertools.chain(*pairs):
-            assign(variable, value)
+            if variable is not None:
+                assign(variable, value)
         if self.optimizer.lars_coefficient:
             for position, ratio in zip(self.positions, self.ratios):
                 self.ratio_rows[position] = ratio

@@ -47,14 +47,14 @@ def check_number(name, value, least, most):
         )
 
 
-def resolve(argument, identifier, classes, methods):
+def resolve(argument, identifier, classes, base):
     """The object that an argument names.
 
     Args:
         argument: string, the argument's name for the error message.
-        identifier: a key of `classes`, `None`, a serialised object, or an object with `methods`.
+        identifier: a key of `classes`, `None`, a serialised object, or an object.
         classes: dict from names to classes.
-        methods: names of the methods that an object must have.
+        base: the class of such objects, or names of the methods that they must have.
 
     Raises:
         ValueError: for anything else.
@@ -65,12 +65,16 @@ def resolve(argument, identifier, classes, methods):
         return classes[identifier]()
     if isinstance(identifier, dict) and "class_name" in identifier:
         identifier = keras.saving.deserialize_keras_object(identifier)
-    if not isinstance(identifier, (str, type)) and all(
-        callable(getattr(identifier, name, None)) for name in methods
-    ):
+    if isinstance(base, type):
+        fits, wanted = isinstance(identifier, base), f"a {base.__name__}"
+    else:
+        wanted = f"an object with the methods {', '.join(base)}"
+        fits = not isinstance(identifier, (str, type)) and all(
+            callable(getattr(identifier, name, None)) for name in base
+        )
+    if fits:
         return identifier
     names = ", ".join(repr(name) for name in classes)
     raise ValueError(
-        f"`{argument}` must be {names}, None or an object with the methods {', '.join(methods)}. "
-        f"Received: {argument}={identifier!r}"
+        f"`{argument}` must be {names}, None or {wanted}. Received: {argument}={identifier!r}"
     )

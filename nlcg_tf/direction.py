@@ -8,7 +8,7 @@ from keras import ops
 
 from nlcg_tf.reductions import TINY
 
-RULES = ("fletcher_reeves", "polak_ribiere", "blended")
+RULES = ("fletcher_reeves", "polak_ribiere", "blended", "momentum")
 
 
 def fletcher_reeves(delta_new, delta):

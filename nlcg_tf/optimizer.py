@@ -141,20 +141,26 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         self.compute_dtype = keras.backend.result_type(
             *{keras.backend.standardize_dtype(v.dtype) for v in var_list}, "float32"
         )
-        initial = dict(self.preconditioner.initial_state()) if self.preconditioner else {}
-        if taken := {"direction", "previous_gradient"} & set(initial):
-            raise ValueError(
-                f"`preconditioner` has slots of the optimizer's own name: {', '.join(taken)}. "
-                f"Received: preconditioner={self.preconditioner!r}"
-            )
-        initial["direction"] = 0.0
-        uses_steps = preconditioners.uses_steps(self.preconditioner)
-        if uses_steps or self.update_rule != "fletcher_reeves":
-            initial["previous_gradient"] = 0.0
+        preconditioner = self.preconditioner or preconditioners.Preconditioner()
+        uses_steps = preconditioner.uses_steps
+        states = [preconditioner.initial_state(tuple(v.shape)) for v in var_list]
+        for v, state in zip(var_list, states):
+            self._check_state(v, state)
+        own, rule = ["direction"], self.update_rule
+        looks_back = rule == "polak_ribiere" or (self.nesterov and (uses_steps or rule == "blended"))
+        # Made anew, P g_prev would cost as much as P g, or be of weights that have moved.
+        is_cheap = preconditioner.couples == "elements" and not preconditioner.uses_weights
+        if uses_steps or rule == "blended" or (rule == "polak_ribiere" and is_cheap):
+            own.append("previous_gradient")
+        if looks_back and not is_cheap:
+            own.append("previous_preconditioned")
+        names = dict.fromkeys([name for state in states for name in state])
         self.slots = {
-            name: self.add_optimizer_variables(var_list, name, keras.initializers.Constant(value))
-            for name, value in initial.items()
+            name: [self._add_slot(v, name, *state.get(name, ())) for v, state in zip(var_list, states)]
+            for name in names
         }
+        for name in own:
+            self.slots[name] = self.add_optimizer_variables(var_list, name)
         if uses_steps and not self.nesterov and not are_divided():
             # For each variable sum(g_prev d) and sum(d h d) of its last update, each in two parts
             # of this type that make up a double. Only the fused op keeps them; -1: not known.
@@ -176,6 +182,30 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         values = [*[0.0] * len(REALS), *state.values()]
         self.reals = self._add_state("reals", values, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
+
+    def _check_state(self, variable, state):
+        if taken := set(composed.OWN_SLOTS) & set(state):
+            raise ValueError(
+                f"`preconditioner` has slots of the optimizer's own name: {', '.join(taken)}. "
+                f"Received: preconditioner={self.preconditioner!r}"
+            )
+        for name, (shape, _) in state.items():
+            couples = self.preconditioner.couples
+            if couples == "elements" and tuple(shape) != tuple(variable.shape):
+                raise ValueError(
+                    f"`preconditioner` couples elements, so its state '{name}' must have the shape "
+                    f"{tuple(variable.shape)} of the variable. Received: shape={tuple(shape)} of "
+                    f"preconditioner={self.preconditioner!r}"
+                )
+
+    def _add_slot(self, variable, name, shape=None, value=0.0):
+        """What the preconditioner keeps for a variable; `None` without a shape."""
+        if shape is None:
+            return None
+        initializer = keras.initializers.Constant(value)
+        if tuple(shape) == tuple(variable.shape):
+            return self.add_variable_from_reference(variable, name, initializer)
+        return self.add_variable(shape, initializer, variable.dtype, name=name)
 
     def _add_state(self, name, values, dtype):
         return self.add_variable(

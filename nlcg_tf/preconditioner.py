@@ -1,54 +1,104 @@
 """Preconditioners: what NLCG makes of the gradient before it looks for a conjugate direction.
 
-A preconditioner is a small object without state of its own. The optimizer keeps its state in slots,
-one tensor of the shape of each variable for each name, and hands them over as lists, one entry a
-variable. Sums run over the elements of all variables: the paper's w is the whole weight vector.
-
-    uses_steps = True                            whether `update` looks at y and s
-    initial_state()                           -> {name of a slot: initial float}
-    update(state, g, y, s, kappa)             -> (the new state, whether y and s were good enough)
-    apply(state, g, epsilon)                  -> (P g, the mean of the diagonal that divides g)
-
-`state` is a dict of lists; g the gradient, y its change and s the step that changed it, zero in the
-first update and both `None` where they are not used; kappa in [0, 1] how free of noise g is, 0
-where that is not measured. NLCG's direction then starts from z = -P g.
-All is total: nothing is raised, and what comes of a gradient that is not finite is dropped by the
-optimizer.
+A preconditioner is a subclass of `Preconditioner`, a small object without state of its own. It says
+which state it needs for a variable; the optimizer keeps that, and hands it over as lists, one entry
+a variable. All is total: nothing is raised, and what comes of a gradient that is not finite is
+dropped by the optimizer.
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
 
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
+from nlcg_tf.polar import norm, polar_factors
 from nlcg_tf.reductions import TINY, count, dot, sum_all
 
 Tensors = list[Any]
-State = dict[str, Tensors]
+State = dict[str, list[Any | None]]
+COUPLINGS = ("elements", "variable", "model")
 
 # The least y^T s beside its two terms g^T s and g_prev^T s, whose float32 sums are right to about
 # 1e-6: so that two digits of the difference, and of what it makes of h, are.
 RESOLUTION = 1e-4
 
 
+class Preconditioner(Configurable):
+    """Base class: P g = g / (1 + epsilon), what `preconditioner=None` stands for.
+
+    Attributes:
+        couples: what an element of P g depends on. `"elements"`: on the same element of what it is
+            made of, and on sums over all that `nlcg_tf.reductions` makes; `"variable"`: on
+            others of its variable too; `"model"`: on other variables.
+        uses_steps: bool, whether `update` looks at y and s, which cost the previous gradient.
+        uses_weights: bool, whether the weights w are looked at.
+    """
+
+    couples: ClassVar[str] = "elements"
+    uses_steps: ClassVar[bool] = False
+    uses_weights: ClassVar[bool] = False
+
+    def initial_state(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """What is kept for a variable: from names to shape and initial value.
+
+        Args:
+            shape: of the variable.
+
+        Returns:
+            A dict from names to `(shape, value)`, the value a float or an array of that shape. With
+            `couples = "elements"` each shape is the variable's.
+        """
+        return {}
+
+    def update(
+        self, state: State, g: Tensors, w: Tensors | None, y: Any, s: Any, kappa: Any
+    ) -> tuple[State, Any]:
+        """The state after a gradient.
+
+        Args:
+            state: dict from names to lists, one entry a variable: a tensor, or `None` for a
+                variable without it.
+            g, w: lists of tensors, gradients and weights; w is `None` unless `uses_weights`.
+            y, s: lists of tensors, the change of the gradient and the step that changed it, zero
+                in the first update; `None` unless `uses_steps`.
+            kappa: scalar tensor in [0, 1], how free of noise g is; 0 where that is not measured.
+
+        Returns:
+            `(state, accepted)`: the new state, and whether y and s were good enough.
+        """
+        return state, True
+
+    def apply(
+        self, state: State, g: Tensors, w: Tensors | None, epsilon: float
+    ) -> tuple[Tensors, Any]:
+        """P g, a list of tensors, and the mean of the diagonal that divides g or a scalar 1.
+
+        NLCG's direction starts from z = -P g. `epsilon` is to be added to what gradients are
+        divided by.
+        """
+        return [g_i / (1 + epsilon) for g_i in g], ops.ones((), g[0].dtype)
+
+
 def get(identifier: Any) -> Any:
     """Resolves the `preconditioner` argument of `NLCG`.
 
     Args:
-        identifier: `"bfgs"`, `"normalized_bfgs"`, `"rms"`, `None`, or an object with the methods
-            above.
+        identifier: `"bfgs"`, `"normalized_bfgs"`, `"rms"`, `"spectral"`, `None`, or a
+            `Preconditioner`.
 
     Raises:
         ValueError: for anything else.
     """
-    return resolve("preconditioner", identifier, NAMES, ("initial_state", "update", "apply"))
-
-
-def uses_steps(preconditioner: Any) -> bool:
-    """Whether a preconditioner, or `None`, needs y and s."""
-    return preconditioner is not None and getattr(preconditioner, "uses_steps", True)
+    found = resolve("preconditioner", identifier, NAMES, Preconditioner)
+    if found is not None and found.couples not in COUPLINGS:
+        raise ValueError(
+            f"`couples` of a preconditioner must be one of {', '.join(map(repr, COUPLINGS))}. "
+            f"Received: {found!r} with couples={found.couples!r}"
+        )
+    return found
 
 
 def bfgs(h, g, y, s):
@@ -87,24 +137,9 @@ def harmonic_mean(divisors):
     return elements / inverses if elements else ops.ones_like(inverses)
 
 
-class Identity:
-    """h = 1: what `preconditioner=None` stands for."""
-
-    def initial_state(self) -> dict[str, float]:
-        return {}
-
-    def update(
-        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
-    ) -> tuple[State, Any]:
-        return state, True
-
-    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
-        return [g_i / (1 + epsilon) for g_i in g], ops.ones((), g[0].dtype)
-
-
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 @dataclasses.dataclass
-class DiagonalBFGS(Configurable):
+class DiagonalBFGS(Preconditioner):
     """The paper's preconditioner (section 3.2.1): P g = g / (h + epsilon), h by `bfgs`.
 
     For gradients without noise. y holds the noise of two mini-batches, which does not shrink with
@@ -112,16 +147,16 @@ class DiagonalBFGS(Configurable):
     `diagnostics()["preconditioner_mean"]`, the harmonic mean of h, then rises without end.
     """
 
-    def initial_state(self) -> dict[str, float]:
-        return {"hessian_diagonal": 1.0}
+    uses_steps = True
 
-    def update(
-        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
-    ) -> tuple[State, Any]:
+    def initial_state(self, shape):
+        return {"hessian_diagonal": (shape, 1.0)}
+
+    def update(self, state, g, w, y, s, kappa):
         h, accepted = bfgs(state["hessian_diagonal"], g, y, s)
         return {"hessian_diagonal": h}, accepted
 
-    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
+    def apply(self, state, g, w, epsilon):
         divisors = [h_i + epsilon for h_i in state["hessian_diagonal"]]
         return [g_i / x_i for g_i, x_i in zip(g, divisors)], harmonic_mean(divisors)
 
@@ -151,22 +186,20 @@ class NormalizedBFGS(DiagonalBFGS):
     def __post_init__(self):
         self._check("decay", is_fraction, "lie in (0, 1]")
 
-    def update(
-        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
-    ) -> tuple[State, Any]:
-        state, accepted = super().update(state, g, y, s, kappa)
+    def update(self, state, g, w, y, s, kappa):
+        state, accepted = super().update(state, g, w, y, s, kappa)
         rate = (1 - self.decay) * (1 - kappa)
         h = [h_i + rate * (1 - h_i) for h_i in state["hessian_diagonal"]]
         return {"hessian_diagonal": h}, accepted
 
-    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
-        quotients, mean = super().apply(state, g, epsilon)
+    def apply(self, state, g, w, epsilon):
+        quotients, mean = super().apply(state, g, w, epsilon)
         return [mean * q_i for q_i in quotients], mean
 
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 @dataclasses.dataclass
-class RMS(Configurable):
+class RMS(Preconditioner):
     """Division by the root of a running mean of squared gradients, at the gradient's own length.
 
         v = decay * v + (1 - decay) g^2
@@ -187,17 +220,13 @@ class RMS(Configurable):
 
     decay: float = 0.99
 
-    uses_steps = False
-
     def __post_init__(self):
         self._check("decay", lambda x: is_number(x) and 0 < x < 1, "lie in (0, 1)")
 
-    def initial_state(self) -> dict[str, float]:
-        return {"second_moment": 0.0}
+    def initial_state(self, shape):
+        return {"second_moment": (shape, 0.0)}
 
-    def update(
-        self, state: State, g: Tensors, y: Tensors, s: Tensors, kappa: Any
-    ) -> tuple[State, Any]:
+    def update(self, state, g, w, y, s, kappa):
         def update(v_i, g_i):
             # An element whose square overflows keeps its value: infinity would never come back.
             candidate = v_i + (1 - self.decay) * (g_i * g_i - v_i)
@@ -205,7 +234,7 @@ class RMS(Configurable):
 
         return {"second_moment": [update(*e) for e in zip(state["second_moment"], g)]}, True
 
-    def apply(self, state: State, g: Tensors, epsilon: float) -> tuple[Tensors, Any]:
+    def apply(self, state, g, w, epsilon):
         q = [g_i / (ops.sqrt(v_i) + epsilon) for g_i, v_i in zip(g, state["second_moment"])]
         scale = ops.sqrt(dot(g, g) / dot(q, q))
         # Where the squares vanish or overflow there is no direction to trust.
@@ -213,5 +242,68 @@ class RMS(Configurable):
         return [scale * q_i for q_i in q], scale
 
 
+@keras.saving.register_keras_serializable(package="nlcg_tf")
+@dataclasses.dataclass
+class Spectral(Preconditioner):
+    """The polar factor of each kernel's gradient, as long as the kernel.
+
+    A variable W of two or more dimensions is a matrix, all dimensions but the last its rows; G is
+    its gradient in that shape.
+
+        O = G (G^T G)^(-1/2)             each singular value of G becomes 1, see `nlcg_tf.polar`
+        P g = ||W|| O / ||O||            Frobenius norms
+        P g = vector_length g / rms(g)   a variable of one dimension or none
+
+    So a step of rate alpha moves a kernel by the fraction alpha of its norm, along a direction that
+    favours none of its inputs and outputs. (G^T G)^(-1/2) is symmetric and positive definite, which
+    makes it a preconditioner in the paper's sense. It keeps no state.
+
+    A kernel whose elements are below 0.01 / sqrt(rows) in the mean counts as if they were that
+    large, as a hundredth of what initializers make of them: from zero it would never move.
+
+    Args:
+        vector_length: float > 0, root of the mean square of P g of a vector.
+
+    Raises:
+        ValueError: for a length that is not positive.
+    """
+
+    vector_length: float = 0.3
+
+    couples = "variable"
+    uses_weights = True
+
+    def __post_init__(self):
+        self._check("vector_length", lambda x: is_number(x) and x > 0, "be a number above 0")
+
+    def apply(self, state, g, w, epsilon):
+        shapes = [_as_matrix(g_i.shape) for g_i in g]
+        kernels = [i for i, g_i in enumerate(g) if len(g_i.shape) > 1]
+        factors = polar_factors([ops.reshape(g[i], shapes[i]) for i in kernels])
+        factors = dict(zip(kernels, factors))
+
+        def whitened(i, g_i):
+            size = math.prod(shapes[i])
+            if not size:
+                return g_i
+            if i in factors:
+                length = ops.maximum(norm(w[i]), SMALLEST_KERNEL * shapes[i][1] ** 0.5)
+                q_i = ops.reshape(factors[i], g_i.shape)
+            else:
+                length, q_i = self.vector_length * size**0.5, g_i
+            q_norm = norm(q_i)
+            return q_i * (length / ops.where(q_norm > 0, q_norm, ops.ones_like(q_norm)))
+
+        return [whitened(i, g_i) for i, g_i in enumerate(g)], ops.ones((), g[0].dtype)
+
+
+# Root of the mean square of a kernel's elements, times the square root of its rows.
+SMALLEST_KERNEL = 0.01
+
+
+def _as_matrix(shape):
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
 # To add one, add its class here.
-NAMES = {"bfgs": DiagonalBFGS, "normalized_bfgs": NormalizedBFGS, "rms": RMS}
+NAMES = {"bfgs": DiagonalBFGS, "normalized_bfgs": NormalizedBFGS, "rms": RMS, "spectral": Spectral}

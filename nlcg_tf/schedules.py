@@ -12,7 +12,12 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """A ramp from 0.001 to the peak rate, then `_after`; `epochs` fixes the length of both."""
 
     def __init__(
-        self, batch_size: int, epochs: int, steps_per_epoch: int, factor: float = 1.0
+        self,
+        batch_size: int,
+        epochs: int,
+        steps_per_epoch: int,
+        factor: float = 1.0,
+        peak: float | None = None,
     ) -> None:
         super().__init__()
         arguments = {
@@ -20,12 +25,21 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
             "epochs": epochs,
             "steps_per_epoch": steps_per_epoch,
             "factor": factor,
+            "peak": peak,
         }
         for name, value in arguments.items():
+            if name == "peak" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
         self._config = arguments
-        self.peak = factor * 0.1 * batch_size / self.reference_batch_size
+        if peak is not None and factor != 1:
+            raise ValueError(
+                f"`factor` is on the paper's rate, which `peak` replaces: give one. Received: "
+                f"factor={factor!r}, peak={peak!r}"
+            )
+        scaled = factor * 0.1 * batch_size / self.reference_batch_size
+        self.peak = scaled if peak is None else float(peak)
         self.warmup_epochs = self._warmup_epochs(batch_size) * min(
             1.0, epochs / self.reference_epochs
         )
@@ -53,6 +67,7 @@ class CifarSchedule(_WarmUp):
         epochs: number, length of the whole run.
         steps_per_epoch: number, updates in an epoch.
         factor: number, of the peak rate, for a search over it.
+        peak: number or `None`, the peak rate itself, whatever the batch; without a factor.
 
     Raises:
         ValueError: for an argument that is not a positive number.
@@ -91,6 +106,7 @@ class ImageNetSchedule(_WarmUp):
         epochs: number, length of the whole run.
         steps_per_epoch: number, updates in an epoch.
         factor: number, of the peak rate, for a search over it.
+        peak: number or `None`, the peak rate itself, whatever the batch; without a factor.
 
     Raises:
         ValueError: for an argument that is not a positive number.

@@ -11,7 +11,7 @@ from absl import flags
 import nlcg_tf
 from trainers.data import memory
 from trainers.engine.run import main
-from trainers.flags import decides, free, is_among, weight_decay
+from trainers.flags import decides, free, is_among, peak_rate, weight_decay
 from trainers.models import cifar_resnet
 from trainers.optimizers.choice import cifar_line_search
 from trainers.task import Task
@@ -28,6 +28,13 @@ flags.DEFINE_integer(
     None,
     "Train on so many images only, the first ones.",
     lower_bound=1,
+)
+flags.DEFINE_integer(
+    decides("image_size"),
+    None,
+    "Height and width to which the images are reduced, by means of whole blocks of pixels; a "
+    "divisor of their own.",
+    lower_bound=4,
 )
 flags.DEFINE_integer(decides("depth"), 32, "Depth of the ResNet, 6n + 2: 8, 20, 32, 56.")
 
@@ -66,6 +73,12 @@ class Cifar(Task):
             raise ValueError(
                 f"--dataset={FLAGS.dataset} comes with {package}: no --data_dir, --download"
             )
+        size = self.data_set.image_shape[0]
+        if FLAGS.image_size and size % FLAGS.image_size:
+            raise ValueError(
+                f"--image_size={FLAGS.image_size} does not divide the {size} pixels of "
+                f"--dataset={FLAGS.dataset}"
+            )
         there_are = self.data_set.training_examples
         if self.examples > there_are:
             raise ValueError(
@@ -75,15 +88,18 @@ class Cifar(Task):
 
     def schedule(self, plan):
         return nlcg_tf.schedules.CifarSchedule(
-            plan.global_batch_size, plan.epochs, plan.updates_per_epoch, FLAGS.learning_rate_factor
+            plan.global_batch_size, plan.epochs, plan.updates_per_epoch, **peak_rate()
         )
 
     def load(self):
         self.data = self.data_set.load(FLAGS.data_dir, FLAGS.download)
+        if FLAGS.image_size:
+            self.data = memory.reduced(self.data, FLAGS.image_size)
         self.data.train = tuple(part[: self.examples] for part in self.data.train)
 
     def model(self):
-        shape = self.data_set.image_shape
+        height, width, channels = self.data_set.image_shape
+        shape = (FLAGS.image_size or height, FLAGS.image_size or width, channels)
         return cifar_resnet.cifar_resnet(FLAGS.depth, shape, self.classes, weight_decay())
 
     def training_batches(self, plan, rank, seed, epoch, first_update):

@@ -37,6 +37,12 @@ flags.DEFINE_float(decides("weight_decay"), 1e-4, "Factor of sum(w^2) in the los
 flags.DEFINE_float(
     decides("learning_rate_factor"), 1.0, "Factor on the schedule's peak rate.", lower_bound=1e-12
 )
+flags.DEFINE_float(
+    decides("peak_learning_rate"),
+    None,
+    "The schedule's peak rate as a number, in place of the paper's, which grows with the batch.",
+    lower_bound=1e-12,
+)
 flags.DEFINE_integer(decides("global_batch_size"), 128, "Images in one update.", lower_bound=1)
 flags.DEFINE_integer(
     free("per_worker_batch_size"),
@@ -50,7 +56,7 @@ flags.DEFINE_string(decides("optimizer"), "nlcg", f"Optimizer: {', '.join(traine
 flags.DEFINE_enum(
     decides("update_rule"),
     "blended",
-    ["blended", "fletcher_reeves", "polak_ribiere"],
+    ["blended", "momentum", "fletcher_reeves", "polak_ribiere"],
     "NLCG: rule for beta; the last two are the paper's.",
 )
 flags.DEFINE_string(
@@ -138,7 +144,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(free("log_steps"), 10, "Updates between two logged steps.", lower_bound=1)
 
 
-for _name in ("weight_decay", "learning_rate_factor", "lars_coefficient", "label_smoothing"):
+for _name in ("weight_decay", "learning_rate_factor", "peak_learning_rate", "lars_coefficient", "label_smoothing"):
     flags.register_validator(
         _name, lambda value: value is None or math.isfinite(value), "must be a finite number"
     )
@@ -177,6 +183,19 @@ def defaults():
 def identity():
     """The flags that decide what a run computes, as a dict."""
     return {name: FLAGS[name].value for name in DECISIVE}
+
+
+def peak_rate():
+    """The schedule's arguments that decide its peak."""
+    return {"factor": FLAGS.learning_rate_factor, "peak": FLAGS.peak_learning_rate}
+
+
+@flags.multi_flags_validator(
+    ["learning_rate_factor", "peak_learning_rate"],
+    "--peak_learning_rate replaces the rate that --learning_rate_factor is on: give one",
+)
+def _one_peak(values):
+    return values["peak_learning_rate"] is None or values["learning_rate_factor"] == 1
 
 
 def optimizer(schedule, paper_line_search):

@@ -11,7 +11,7 @@ from absl import flags
 import nlcg_tf
 from trainers.data import photos, sources
 from trainers.engine.run import main
-from trainers.flags import decides, free, weight_decay
+from trainers.flags import decides, free, peak_rate, weight_decay
 from trainers.models import resnet50
 from trainers.task import Task
 
@@ -99,7 +99,7 @@ class ImageNet(Task):
 
     def schedule(self, plan):
         return nlcg_tf.schedules.ImageNetSchedule(
-            plan.global_batch_size, plan.epochs, plan.updates_per_epoch, FLAGS.learning_rate_factor
+            plan.global_batch_size, plan.epochs, plan.updates_per_epoch, **peak_rate()
         )
 
     def load(self):

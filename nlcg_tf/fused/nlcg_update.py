@@ -12,7 +12,7 @@ import keras
 
 from nlcg_tf.composed import COUNTS, REALS, cosine
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
-from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS, uses_steps
+from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS
 from nlcg_tf.reductions import are_divided, count, sum_of_parts
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
@@ -103,6 +103,8 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
         return f"all variables must be float32 or all float64, they are {', '.join(dtypes)}"
     if type(optimizer.preconditioner) not in PRECONDITIONERS:
         return f"it does not know the preconditioner {optimizer.preconditioner!r}"
+    if optimizer.update_rule == "momentum":
+        return "not yet"
     if type(optimizer.line_search) not in LINE_SEARCHES:
         return f"it does not know the line search {optimizer.line_search!r}"
     search = optimizer.line_search
@@ -174,7 +176,7 @@ def _update_part(run, optimizer, variables):
     """A sweep a call: between two of them this worker's sums become those over all parts."""
     import tensorflow as tf
 
-    sweeps = ["curvature"] if uses_steps(optimizer.preconditioner) else []
+    sweeps = ["curvature"] if isinstance(optimizer.preconditioner, DiagonalBFGS) else []
     known = []
     for sweep in [*sweeps, "direction", "step"]:
         sums = run(sweep=sweep, known_sums=known, elements=count(variables["weights"]))

@@ -126,6 +126,20 @@ DATA_SETS = {
 }
 
 
+def reduced(data, size):
+    """An `ImageData` whose images are `size` pixels high and wide, each a mean of a block."""
+
+    def means(images):
+        count, height, _, channels = images.shape
+        block = height // size
+        blocks = images.reshape(count, size, block, size, block, channels)
+        return np.rint(blocks.mean(axis=(2, 4), dtype=np.float32)).astype(np.uint8)
+
+    padding = max(1, data.padding * size // data.train[0].shape[1])
+    train, test = ((means(images), labels) for images, labels in (data.train, data.test))
+    return dataclasses.replace(data, train=train, test=test, padding=padding)
+
+
 def training_batches(data, plan, rank, seed, epoch, first_update):
     """This worker's micro-batches of an epoch, `plan.micro_steps` for each update.
 

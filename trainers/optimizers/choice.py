@@ -68,6 +68,15 @@ def _lars(schedule, weight_decay, lars_coefficient, **unused):
     return LARS(schedule, trust_coefficient=lars_coefficient or 0.001, l2=2 * weight_decay)
 
 
+def _muon(length):
+    def make(schedule, *unused, **unused_too):
+        from trainers.optimizers.muon import Muon
+
+        return Muon(schedule, length=length)
+
+    return make
+
+
 def _blended(preconditioner):
     flags = {"optimizer": "nlcg", "update_rule": "blended", "nesterov": True}
     return {**flags, "preconditioner": preconditioner}
@@ -78,6 +87,7 @@ def _published(rule, preconditioner="bfgs"):
     return {**flags, "preconditioner": preconditioner}
 
 
+_SPECTRAL = {"optimizer": "nlcg", "preconditioner": "spectral", "nesterov": True}
 _FR, _PR = "fletcher_reeves", "polak_ribiere"
 _RMSPROP = {"rho": 0.9, "momentum": 0.9, "epsilon": 1.0}
 # Their order is that of tables and legends.
@@ -89,6 +99,11 @@ OPTIMIZERS = {
     "nlcg_pr": Choice("NLCG-PR", BLUE, "--", "d", _published(_PR)),
     "nlcg_fr_noprec": Choice("NLCG-FR, h = 1", SKY, "-", "v", _published(_FR, "none")),
     "nlcg_pr_noprec": Choice("NLCG-PR, h = 1", SKY, "--", "<", _published(_PR, "none")),
+    "nlcg_spectral": Choice(
+        "NLCG-spectral", VERMILION, "-", "s", {**_SPECTRAL, "update_rule": "momentum"}
+    ),
+    "muon": Choice("Muon", PURPLE, "-", "p", make=_muon("shape")),
+    "muon_norm": Choice("Muon, kernel's norm", PURPLE, "--", "h", make=_muon("norm")),
     "momentum": Choice("Momentum", BLACK, "-", "D", make=_keras("SGD", momentum=0.9)),
     "nesterov": Choice(
         "Nesterov", GREY, "-.", "P", make=_keras("SGD", momentum=0.9, nesterov=True)
@@ -128,7 +143,8 @@ def from_flags(flags, schedule, paper_line_search):
     """
     line_search = flags["line_search"]
     if line_search == "auto":
-        line_search = "none" if flags["update_rule"] == "blended" else paper_line_search
+        published = flags["update_rule"] in ("fletcher_reeves", "polak_ribiere")
+        line_search = paper_line_search if published else "none"
     preconditioner = flags["preconditioner"]
     return make_optimizer(
         flags["optimizer"],
