@@ -8,7 +8,7 @@ import itertools
 from keras import ops
 
 from nlcg_tf import direction, noise
-from nlcg_tf.preconditioner import Preconditioner
+from nlcg_tf.preconditioner import Preconditioner, apply
 from nlcg_tf.reductions import all_finite, dot, total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
@@ -103,7 +103,7 @@ class Stages:
             before = self.kept_before
             if before is None:
                 epsilon = self.optimizer.epsilon
-                before, _ = self.preconditioner.apply(self.state, self.g_prev, None, epsilon)
+                before, _ = apply(self.preconditioner, self.state, self.g_prev, None, epsilon)
             self.preconditioned_before = before
         if needs_step:
             step = self._look_ahead(before, self.d, old["beta"], old["kappa"], old["cap"])
@@ -129,7 +129,9 @@ class Stages:
     def finish_direction(self):
         """beta and the direction; with the blended rule the length of the step."""
         old, optimizer, kappa = self.old, self.optimizer, self.new["kappa"]
-        z, mean = self.preconditioner.apply(self.state, self.g, self.weights, optimizer.epsilon)
+        z, mean = apply(
+            self.preconditioner, self.state, self.g, self.weights, optimizer.epsilon
+        )
         self.preconditioned = z
         delta_new = dot(self.g, z)
         if self.blends:

@@ -1,5 +1,7 @@
 """Polar factors of matrices, without a singular value decomposition."""
 
+import contextlib
+import contextvars
 import math
 
 from keras import ops
@@ -16,6 +18,8 @@ COEFFICIENTS = (
     (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
+# What computes polar factors where several workers share the work; see `shared_by`.
+_shared = contextvars.ContextVar("shared", default=None)
 # Rounding may push a value out of the interval that a polynomial is made for, where it would grow.
 SAFETY = 1.01
 
@@ -34,6 +38,37 @@ def polar_factors(matrices):
         A list of tensors of the same shapes. Of a matrix with an element that is infinite or NaN
         nothing is finite.
     """
+    share = _shared.get()
+    return _own_factors(matrices) if share is None else share(matrices, _own_factors)
+
+
+@contextlib.contextmanager
+def shared_by(share):
+    """Context in which workers share the polar factors among them.
+
+    Args:
+        share: function of `(matrices, compute)`, equal matrices on all workers and what computes
+            the factors of a list of them, to the factors of all.
+    """
+    token = _shared.set(share)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def matrix_shape(shape):
+    """Rows and columns of a kernel: all dimensions but the last, and the last; a vector is a row."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def operations(shape):
+    """About how many multiplications the polar factor of a matrix takes."""
+    long, short = max(shape), min(shape)
+    return len(COEFFICIENTS) * (2 * long + short) * short**2
+
+
+def _own_factors(matrices):
     groups = {}
     for i, matrix in enumerate(matrices):
         shape = tuple(matrix.shape)

@@ -14,8 +14,8 @@ import keras
 from keras import ops
 
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
-from nlcg_tf.polar import norm, polar_factors
-from nlcg_tf.reductions import TINY, count, dot, sum_all
+from nlcg_tf.polar import matrix_shape, norm, polar_factors
+from nlcg_tf.reductions import TINY, count, dot, join, pieces, sum_all
 
 Tensors = list[Any]
 State = dict[str, list[Any | None]]
@@ -99,6 +99,15 @@ def get(identifier: Any) -> Any:
             f"Received: {found!r} with couples={found.couples!r}"
         )
     return found
+
+
+def apply(preconditioner, state, g, w, epsilon):
+    """`preconditioner.apply`; of parts that hold whole variables with each of those by itself."""
+    if preconditioner.couples == "elements":
+        return preconditioner.apply(state, g, w, epsilon)
+    w = None if w is None else pieces(w)
+    preconditioned, mean = preconditioner.apply(state, pieces(g), w, epsilon)
+    return join(preconditioned), mean
 
 
 def bfgs(h, g, y, s):
@@ -277,7 +286,7 @@ class Spectral(Preconditioner):
         self._check("vector_length", lambda x: is_number(x) and x > 0, "be a number above 0")
 
     def apply(self, state, g, w, epsilon):
-        shapes = [_as_matrix(g_i.shape) for g_i in g]
+        shapes = [matrix_shape(g_i.shape) for g_i in g]
         kernels = [i for i, g_i in enumerate(g) if len(g_i.shape) > 1]
         factors = polar_factors([ops.reshape(g[i], shapes[i]) for i in kernels])
         factors = dict(zip(kernels, factors))
@@ -299,10 +308,6 @@ class Spectral(Preconditioner):
 
 # Root of the mean square of a kernel's elements, times the square root of its rows.
 SMALLEST_KERNEL = 0.01
-
-
-def _as_matrix(shape):
-    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
 # To add one, add its class here.

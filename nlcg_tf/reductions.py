@@ -43,7 +43,8 @@ def over_workers(parts):
 
     Args:
         parts: object with `elements`, how many there are in all parts, and with `sum(x)`, from
-            sums over this worker's part to those over all.
+            sums over this worker's part to those over all; and with `pieces(xs)`, from the parts to
+            the whole variables that make them up, and `join(xs)`, back again.
     """
     token = _parts.set(parts)
     try:
@@ -55,6 +56,16 @@ def over_workers(parts):
 def are_divided():
     """Whether this worker holds a part of the parameters only."""
     return _parts.get() is not None
+
+
+def pieces(parts):
+    """The variables, or what has their shapes, that make up this worker's parts."""
+    return _parts.get().pieces(parts) if are_divided() else parts
+
+
+def join(tensors):
+    """The parts that `pieces` took apart."""
+    return _parts.get().join(tensors) if are_divided() else tensors
 
 
 def sum_of_parts(own):

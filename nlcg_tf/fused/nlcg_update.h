@@ -7,11 +7,12 @@
 //      come from sweep 3 of the update before; where they are not known, or with Nesterov's
 //      look-ahead, g_prev and h are read as well.
 //   2. BFGS: read g, g_prev, d, h, write h  -> delta of the new h, which beta needs of all variables
-//   1+2. RMS: read g, v; no preconditioner: read g. Polak-Ribiere: g_prev too; blended: g_prev and d
+//   1+2. RMS: read g, v; no preconditioner: read g; P g given: read g, P g. Polak-Ribiere: g_prev too;
+//      blended: g_prev and d
 //   3. read g, d, w (h or v), write d, w (v), g_prev -> the sums for the cosine and for the next 1
 //
 // That is 14 transfers of the parameter vector with BFGS, 16 with the look-ahead too; with RMS and
-// Fletcher-Reeves 9, without preconditioner 6; blended 12 and 9.
+// Fletcher-Reeves 9, without preconditioner 6, with one that the caller computes 8; blended 12 and 9.
 //
 // Sums are taken over chunks of fixed size, in fixed order: the bits do not depend on the number of
 // threads. Nothing is written before it is known whether the update is to be skipped.
@@ -53,8 +54,9 @@ enum Real {
 };
 enum Count { kUpdates, kSkipped, kRejected, kLastApplied, kCounts };
 
-enum Preconditioner { kIdentity, kBfgs, kNormalizedBfgs, kRms };
-enum Rule { kFletcherReeves, kPolakRibiere, kBlended };
+// kGiven: the caller computes P g.
+enum Preconditioner { kIdentity, kBfgs, kNormalizedBfgs, kRms, kGiven };
+enum Rule { kFletcherReeves, kPolakRibiere, kBlended, kMomentum };
 enum LineSearch { kNoLineSearch, kOnline, kStep };
 
 constexpr int kMaxLimits = 16;
@@ -70,7 +72,7 @@ struct Settings {
   bool nesterov;
   double epsilon;
   double lars_coefficient;  // 0: off
-  double momentum;          // of the blended rule
+  double momentum;          // of the rules kBlended and kMomentum
   double decay;             // of the preconditioner
   // Online line search
   double decrease_threshold, increase_threshold, decrease_factor;
@@ -94,9 +96,19 @@ NLCG_HOST_DEVICE bool IsScaled(const Settings& settings) {
   return settings.preconditioner == kNormalizedBfgs || settings.preconditioner == kRms;
 }
 
+// Whether there is a slot for what divides the gradient.
+NLCG_HOST_DEVICE bool HasDiagonal(const Settings& settings) {
+  return UsesBfgs(settings) || settings.preconditioner == kRms;
+}
+
+// Whether the rule looks at the previous gradient, or at the step made of it.
+NLCG_HOST_DEVICE bool LooksBack(const Settings& settings) {
+  return settings.rule == kPolakRibiere || settings.rule == kBlended;
+}
+
 // Whether there is a slot for the previous gradient.
 NLCG_HOST_DEVICE bool KeepsGradient(const Settings& settings) {
-  return UsesBfgs(settings) || settings.rule != kFletcherReeves;
+  return UsesBfgs(settings) || LooksBack(settings);
 }
 
 // Whether sweep 3 leaves sums for the next sweep 1. The look-ahead's step has none: its product with
@@ -120,6 +132,7 @@ struct Variable {
   const T* g_prev;  // null where it is not kept
   T* g_prev_out;    // null: not kept, or the caller keeps the buffer of g as the next g_prev
   const T* g;
+  const T* preconditioned;  // kGiven: P g; otherwise null
   T* trust_ratio;     // the LARS factor of this variable's last step; null: 1
   T* curvature_sums;  // sum(g_prev d) and sum(d h d), each in two parts; null where not kept
   int64_t size;

@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 
-from nlcg_tf.composed import COUNTS, REALS, cosine
+from nlcg_tf.composed import COUNTS, OWN_SLOTS, REALS, cosine
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
-from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS
+from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS, apply
 from nlcg_tf.reductions import are_divided, count, sum_of_parts
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
@@ -20,6 +20,8 @@ BUILD_COMMAND = "python -m nlcg_tf.fused.build"
 LINE_SEARCHES = {type(None): "none", OnlineLineSearch: "online", StepLineSearch: "step"}
 PRECONDITIONERS = {type(None): "none", DiagonalBFGS: "bfgs"}
 PRECONDITIONERS |= {NormalizedBFGS: "normalized_bfgs", RMS: "rms"}
+# The rules that take P g as it is given.
+LOOKS_AT_NO_STEP = ("fletcher_reeves", "momentum")
 SLOTS = ("direction", "previous_gradient", "hessian_diagonal", "second_moment")
 
 
@@ -102,9 +104,11 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     if dtypes not in (["float32"], ["float64"]) or dtypes != [optimizer.compute_dtype]:
         return f"all variables must be float32 or all float64, they are {', '.join(dtypes)}"
     if type(optimizer.preconditioner) not in PRECONDITIONERS:
-        return f"it does not know the preconditioner {optimizer.preconditioner!r}"
-    if optimizer.update_rule == "momentum":
-        return "not yet"
+        name = f"the preconditioner {optimizer.preconditioner!r}"
+        if optimizer.preconditioner.uses_steps:
+            return f"{name} looks at steps"
+        if optimizer.update_rule not in LOOKS_AT_NO_STEP:
+            return f"with {name} it does not know the update rule {optimizer.update_rule!r}"
     if type(optimizer.line_search) not in LINE_SEARCHES:
         return f"it does not know the line search {optimizer.line_search!r}"
     search = optimizer.line_search
@@ -114,7 +118,7 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     if module is None:
         _warn_once(reason)
         return reason
-    slots = [v.value for slot in optimizer.slots.values() for v in slot if v is not None]
+    slots = [v.value for name in SLOTS for v in optimizer.slots.get(name, ())]
     devices = {v.device for v in [*weights, *slots, optimizer.reals.value, optimizer.counts.value]}
     if len(devices) > 1:
         return f"its variables lie on several devices: {', '.join(sorted(map(str, devices)))}"
@@ -137,7 +141,11 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     import tensorflow as tf
 
     dtype = tf.as_dtype(optimizer.compute_dtype)
-
+    gradients = [tf.cast(g, dtype) for g in gradients]
+    preconditioned = []
+    known = type(optimizer.preconditioner) in PRECONDITIONERS
+    if not known:
+        preconditioned, state, mean = _precondition(optimizer, gradients, variables)
     slots = [v.handle for name in SLOTS for v in variables["slots"].get(name, [])]
     module, _ = _load()
     with tf.init_scope():  # the handles are constants of a graph, packed once
@@ -154,12 +162,13 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         counts=variables["counts"].handle,
         trust_ratios=[variables["trust_ratios"].handle] if optimizer.lars_coefficient else [],
         curvature_sums=[v.handle for v in (variables.get("curvature_sums"),) if v is not None],
-        gradients=[tf.cast(g, dtype) for g in gradients],
+        gradients=gradients,
+        preconditioned=preconditioned,
         learning_rate=tf.cast(learning_rate, dtype),
         loss=tf.cast(loss, dtype),
         settings=vector,
         weight_decays=weight_decays,
-        preconditioner=PRECONDITIONERS[type(optimizer.preconditioner)],
+        preconditioner=PRECONDITIONERS.get(type(optimizer.preconditioner), "given"),
         positions=positions,
         keep_slots=not tf.executing_eagerly(),
         update_rule=optimizer.update_rule,
@@ -170,6 +179,51 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         _update_part(run, optimizer, variables)
     else:
         run(known_sums=[])
+    if not known:
+        _set_real(variables, "preconditioner_mean", mean)
+        _assign_state(variables, state)
+
+
+def _precondition(optimizer, gradients, variables):
+    """P g, the preconditioner's new state and the mean of its diagonal, by Keras' operations."""
+    import tensorflow as tf
+
+    preconditioner, dtype = optimizer.preconditioner, optimizer.compute_dtype
+    state = {
+        name: [v if v is None else tf.cast(v, dtype) for v in slot]
+        for name, slot in variables["slots"].items()
+        if name not in OWN_SLOTS
+    }
+    weights = None
+    if preconditioner.uses_weights:
+        weights = [tf.convert_to_tensor(v) for v in variables["weights"]]
+    kappa = tf.zeros((), dtype)
+    state, _ = preconditioner.update(state, gradients, weights, None, None, kappa)
+    preconditioned, mean = apply(preconditioner, state, gradients, weights, optimizer.epsilon)
+    return preconditioned, state, mean
+
+
+def _assign_state(variables, state):
+    """Keeps a preconditioner's new state, if the update was done."""
+    import tensorflow as tf
+
+    applied = variables["counts"][COUNTS.index("last_update_applied")] == 1
+    for name, values in state.items():
+        for variable, value in zip(variables["slots"][name], values):
+            if variable is not None:
+                value = tf.cast(value, variable.dtype)
+                variable.assign(tf.where(applied, value, tf.convert_to_tensor(variable)))
+
+
+def _set_real(variables, name, value):
+    """Sets a scalar that the op cannot tell, if the update was done."""
+    import tensorflow as tf
+
+    reals = tf.convert_to_tensor(variables["reals"])
+    applied = variables["counts"][COUNTS.index("last_update_applied")] == 1
+    place = REALS.index(name)
+    new = tf.where(applied, tf.cast(value, reals.dtype), reals[place])
+    variables["reals"].assign(tf.tensor_scatter_nd_update(reals, [[place]], [new]))
 
 
 def _update_part(run, optimizer, variables):
@@ -182,17 +236,13 @@ def _update_part(run, optimizer, variables):
         sums = run(sweep=sweep, known_sums=known, elements=count(variables["weights"]))
         known.append(sum_of_parts(sums))
     # The op could tell the cosine over its own part only.
-    reals = tf.convert_to_tensor(variables["reals"])
-    applied = variables["counts"][COUNTS.index("last_update_applied")] == 1
-    new = tf.cast(cosine(*tf.unstack(known[-1][:3])), reals.dtype)
-    place = REALS.index("cosine")
-    new = tf.where(applied, new, reals[place])
-    variables["reals"].assign(tf.tensor_scatter_nd_update(reals, [[place]], [new]))
+    _set_real(variables, "cosine", cosine(*tf.unstack(known[-1][:3])))
 
 
 def _settings_vector(optimizer):
     vector = [optimizer.epsilon, optimizer.lars_coefficient or 0.0, optimizer.momentum]
-    vector.append(getattr(optimizer.preconditioner, "decay", 1.0))
+    own = type(optimizer.preconditioner) in PRECONDITIONERS
+    vector.append(getattr(optimizer.preconditioner, "decay", 1.0) if own else 1.0)
     search = optimizer.line_search
     if search is not None:
         vector += [search.increase_factor, search.minimum_scale]

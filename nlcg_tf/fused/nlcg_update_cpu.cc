@@ -56,6 +56,7 @@ NLCG_HOST_DEVICE Sums RunDirection(const Settings& settings, const Stage<T>& sta
   if (settings.preconditioner == kIdentity) {
     return Run<T>(PlainBody<T>{v, epsilon, step, sums}, begin, end);
   }
+  if (settings.preconditioner == kGiven) return Run<T>(GivenBody<T>{v, sums}, begin, end);
   if (settings.preconditioner == kRms) {
     return Run<T>(RmsBody<T>{v, epsilon, step, forget, sums}, begin, end);
   }
@@ -97,6 +98,9 @@ NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stag
       return RunStep<T, kIdentity>(settings, stage, v, decay_rate, begin, end);
     }
     if (preconditioner == kRms) return RunStep<T, kRms>(settings, stage, v, decay_rate, begin, end);
+    if (preconditioner == kGiven) {
+      return RunStep<T, kGiven>(settings, stage, v, decay_rate, begin, end);
+    }
     return RunStep<T, kBfgs>(settings, stage, v, decay_rate, begin, end);
   }
   return Run<T>(LarsBody<T>{v, stage, T(settings.epsilon), decay_rate, stage.alpha * ratio,

@@ -1,7 +1,7 @@
 // The CUDA kernels: a block for each chunk of the variables, a table of the variables on the device,
 // partial sums in fixed order. No TensorFlow here, and no wait for the device: the scalars stay there.
 //
-// Launches for n variables: ceil(n / 46) for the table, then 4, or 6 with BFGS; one more with LARS
+// Launches for n variables: ceil(n / 42) for the table, then 4, or 6 with BFGS; one more with LARS
 // scaling. For one sweep of an update: the table, one if there were others before, and 2.
 
 #include <cuda_runtime.h>
@@ -26,7 +26,7 @@ struct Entry {
 };
 
 // What fits into the 4 KiB of a kernel's arguments: so the table needs no copy from host memory.
-constexpr int kEntries = 46;
+constexpr int kEntries = 42;
 template <typename T>
 struct Entries {
   Entry<T> entry[kEntries];
@@ -168,7 +168,7 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
       divisor = Sqrt(SecondMoment(before, g, forget)) + epsilon;
     }
     check += g - g;
-    const T q = g / divisor;
+    const T q = kPreconditioner == kGiven ? v.preconditioned[i] : g / divisor;
     fresh += g * q;
     gg += g * g;
     qq += q * q;
@@ -198,15 +198,19 @@ __device__ Sums StepSweep(const Settings& settings, const Stage<T>& stage, const
 #pragma unroll 4
   for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
     const T g = v.g[i], w = v.w[i];
-    T h = kPreconditioner == kIdentity ? T(1) : v.h[i], divisor = h;
+    T h = v.h == nullptr ? T(1) : v.h[i], divisor = h, divided = g;
     if (kPreconditioner == kRms) {
       const T moment = SecondMoment(h, g, forget);
       v.h[i] = moment;
       divisor = Sqrt(moment);
     }
-    divisor += epsilon;
-    const T d = Direction(g, divisor, v.d[i], stage.scale, stage.beta);
-    const T step = settings.nesterov ? Direction(g, divisor, d, stage.ahead, stage.kept) : d;
+    if (kPreconditioner == kGiven) {
+      divided = v.preconditioned[i];
+    } else {
+      divisor += epsilon;
+    }
+    const T d = Direction(divided, divisor, v.d[i], stage.scale, stage.beta);
+    const T step = settings.nesterov ? Direction(divided, divisor, d, stage.ahead, stage.kept) : d;
     v.d[i] = d;
     if (v.g_prev_out != nullptr) v.g_prev_out[i] = g;
     if (lars) {
@@ -234,9 +238,11 @@ __device__ void LarsSweep(const Settings& settings, const Stage<T>& stage, const
   for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
     T d = v.d[i];
     if (settings.nesterov) {
-      T h = kPreconditioner == kIdentity ? T(1) : v.h[i];
+      T h = v.h == nullptr ? T(1) : v.h[i];
       if (kPreconditioner == kRms) h = Sqrt(h);
-      d = Direction(v.g[i], h + epsilon, d, stage.ahead, stage.kept);
+      d = kPreconditioner == kGiven
+              ? Direction(v.preconditioned[i], T(1), d, stage.ahead, stage.kept)
+              : Direction(v.g[i], h + epsilon, d, stage.ahead, stage.kept);
     }
     v.w[i] = Weight(v.w[i], d, decay_rate, step);
   }
@@ -418,6 +424,7 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   }
   const auto launch = UsesBfgs(settings)                ? Launch<T, kBfgs>
                       : settings.preconditioner == kRms ? Launch<T, kRms>
+                      : settings.preconditioner == kGiven ? Launch<T, kGiven>
                                                         : Launch<T, kIdentity>;
   launch(settings, all, scratch, {learning_rate, loss, reals, counts}, stream);
   return Describe(cudaGetLastError());

@@ -19,9 +19,9 @@ struct Layout {
   int n;        // weights; as many of each kind of slot
   int slots;    // of all kinds
   int singles;  // variables that there are once, not for each of the weights
-  bool keeps_gradient, has_diagonal, has_ratios, has_sums;
+  bool keeps_gradient, has_diagonal, is_given, has_ratios, has_sums;
   struct {
-    int slots, gradients, learning_rate, loss, settings, weight_decays, known_sums;
+    int slots, gradients, preconditioned, learning_rate, loss, settings, weight_decays, known_sums;
   } input;
   struct {
     int directions, previous, diagonals, reals, counts, ratios, sums, end;
@@ -31,12 +31,14 @@ struct Layout {
   Layout(const nlcg::Settings& settings, int n, bool has_ratios, bool has_sums)
       : n(n), has_ratios(has_ratios), has_sums(has_sums) {
     keeps_gradient = nlcg::KeepsGradient(settings);
-    has_diagonal = settings.preconditioner != nlcg::kIdentity;
+    has_diagonal = nlcg::HasDiagonal(settings);
+    is_given = settings.preconditioner == nlcg::kGiven;
     slots = (1 + keeps_gradient + has_diagonal) * n;
     singles = 2 + has_ratios + has_sums;
     input.slots = n;
     input.gradients = n + 1 + singles;
-    input.learning_rate = input.gradients + n;
+    input.preconditioned = input.gradients + n;
+    input.learning_rate = input.preconditioned + (is_given ? n : 0);
     input.loss = input.learning_rate + 1;
     input.settings = input.loss + 1;
     input.weight_decays = input.settings + 1;
@@ -157,6 +159,14 @@ absl::Status ReadInputs(OpKernelContext* ctx, const Layout& layout, nlcg::Settin
     if (ctx->input(i).shape() != TensorShape({nlcg::kSums})) {
       return Invalid("NlcgUpdate: known_sums must be vectors of ", nlcg::kSums, ", got ",
                      ctx->input(i).shape().DebugString());
+    }
+  }
+  for (int i = 0; layout.is_given && i < layout.n; ++i) {
+    const TensorShape& given = ctx->input(input.preconditioned + i).shape();
+    const TensorShape& gradient = ctx->input(input.gradients + i).shape();
+    if (given != gradient) {
+      return Invalid("NlcgUpdate: preconditioned[", i, "] must have shape ", gradient.DebugString(),
+                     ", has ", given.DebugString());
     }
   }
   const Tensor& slots = ctx->input(input.slots);

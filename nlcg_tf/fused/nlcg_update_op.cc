@@ -29,6 +29,7 @@ REGISTER_OP("NlcgUpdate")
     .Input("trust_ratios: r * resource")
     .Input("curvature_sums: c * resource")
     .Input("gradients: n * T")
+    .Input("preconditioned: p * T")
     .Input("learning_rate: T")
     .Input("loss: T")
     .Input("settings: double")
@@ -38,12 +39,13 @@ REGISTER_OP("NlcgUpdate")
     .Attr("n: int >= 0")
     .Attr("r: int >= 0")
     .Attr("c: int >= 0")
+    .Attr("p: int >= 0")
     .Attr("k: int >= 0 = 0")
-    .Attr("preconditioner: {'none', 'bfgs', 'normalized_bfgs', 'rms'}")
+    .Attr("preconditioner: {'none', 'bfgs', 'normalized_bfgs', 'rms', 'given'}")
     .Attr("T: {float, double}")
     .Attr("positions: list(int)")
     .Attr("keep_slots: bool")
-    .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere', 'blended'}")
+    .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere', 'blended', 'momentum'}")
     .Attr("nesterov: bool")
     .Attr("line_search: {'none', 'online', 'step'}")
     .Attr("sweep: {'all', 'curvature', 'direction', 'step'} = 'all'")
@@ -70,14 +72,17 @@ REGISTER_OP("NlcgUpdate")
 One NLCG update of all variables of a model. See nlcg_update.py for the Python interface.
 
 weights: float variables of the shapes of `gradients`.
-slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or another rule than
-  Fletcher-Reeves, the previous gradients; with a preconditioner its diagonal (Hessian or second moment).
+slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or the rules
+  'polak_ribiere' and 'blended', the previous gradients; with BFGS and RMS their diagonal (Hessian or
+  second moment).
+preconditioned: with the preconditioner 'given' what it made of each gradient, otherwise none. Such a
+  one goes with the rules 'fletcher_reeves' and 'momentum'.
 reals: vector variable of type T: what the enum Real in nlcg_update.h lists.
 counts: int64 vector variable: updates, skipped, rejected, last update applied.
 trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
 curvature_sums: one variable of type T and shape (variables, 4) with BFGS and without `nesterov`, or
   none; otherwise none.
-settings: epsilon, LARS coefficient, momentum of the blended rule, decay of the preconditioner, then
+settings: epsilon, LARS coefficient, momentum of the rules that have one, decay of the preconditioner, then
   the line search's settings.
 weight_decays: one for each variable.
 positions: where each variable stands in `trust_ratios` and `curvature_sums`.
@@ -157,13 +162,14 @@ template <typename Device, typename T>
 class NlcgUpdateOp : public OpKernel {
  public:
   explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    int n, r, c, k;
+    int n, r, c, p, k;
     std::string preconditioner, rule, line_search, sweep;
     settings_ = {};
     OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("preconditioner", &preconditioner));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("c", &c));
+    OP_REQUIRES_OK(ctx, ctx->GetAttr("p", &p));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("k", &k));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("sweep", &sweep));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("elements", &elements_));
@@ -175,14 +181,23 @@ class NlcgUpdateOp : public OpKernel {
     settings_.preconditioner = preconditioner == "bfgs"              ? nlcg::kBfgs
                                : preconditioner == "normalized_bfgs" ? nlcg::kNormalizedBfgs
                                : preconditioner == "rms"             ? nlcg::kRms
+                               : preconditioner == "given"           ? nlcg::kGiven
                                                                      : nlcg::kIdentity;
     settings_.rule = rule == "polak_ribiere" ? nlcg::kPolakRibiere
                      : rule == "blended"     ? nlcg::kBlended
+                     : rule == "momentum"    ? nlcg::kMomentum
                                              : nlcg::kFletcherReeves;
     settings_.line_search = line_search == "online" ? nlcg::kOnline
                             : line_search == "step" ? nlcg::kStep
                                                     : nlcg::kNoLineSearch;
     OP_REQUIRES(ctx, n >= 1, Invalid("NlcgUpdate: there is no variable"));
+    const bool is_given = settings_.preconditioner == nlcg::kGiven;
+    OP_REQUIRES(ctx, p == (is_given ? n : 0),
+                Invalid("NlcgUpdate: preconditioned must be one tensor for each of the weights "
+                        "with preconditioner 'given', otherwise none, got ",
+                        p));
+    OP_REQUIRES(ctx, !is_given || !nlcg::LooksBack(settings_),
+                Invalid("NlcgUpdate: preconditioner 'given' does not go with rule '", rule, "'"));
     OP_REQUIRES(ctx, r <= 1, Invalid("NlcgUpdate: at most one trust_ratios, got ", r));
     OP_REQUIRES(ctx, c <= nlcg::KeepsSums(settings_),
                 Invalid("NlcgUpdate: curvature_sums must be at most one variable with BFGS and "
@@ -228,7 +243,7 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({numbers}), &sums));
     const bool applied =
         Device::Update(ctx, settings, KernelVariables(ctx, vars, adopted),
-                       Scalar(ctx, layout_.input.learning_rate), Scalar(ctx, layout_.input.loss),
+                       Input(ctx, layout_.input.learning_rate), Input(ctx, layout_.input.loss),
                        Data<T>(vars[layout_.variable.reals]),
                        Data<int64_t>(vars[layout_.variable.counts]), MakeTurn(ctx, sums));
     if (applied) KeepAdopted(vars, &adopted);
@@ -365,7 +380,7 @@ class NlcgUpdateOp : public OpKernel {
     return absl::OkStatus();
   }
 
-  static const T* Scalar(OpKernelContext* ctx, int input) {
+  static const T* Input(OpKernelContext* ctx, int input) {
     return ctx->input(input).flat<T>().data();
   }
 
@@ -390,6 +405,7 @@ class NlcgUpdateOp : public OpKernel {
       v.g_prev = previous;
       v.g_prev_out = adopted[i] == nullptr ? previous : nullptr;
       v.g = gradient.flat<T>().data();
+      v.preconditioned = layout_.is_given ? Input(ctx, layout_.input.preconditioned + i) : nullptr;
       v.trust_ratio = layout_.has_ratios ? Data<T>(vars[at.ratios]) + positions_[i] : nullptr;
       v.curvature_sums = layout_.has_sums ? Data<T>(vars[at.sums]) + 4 * positions_[i] : nullptr;
       v.size = gradient.NumElements();

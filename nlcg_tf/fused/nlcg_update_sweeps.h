@@ -255,6 +255,17 @@ struct RmsBody {
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
 
+// P g, where the caller computes it.
+template <typename T>
+struct GivenBody {
+  const Variable<T>& v;
+  DirectionSums<T> sums;
+  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
+    sums.Add(Load(v.g + i, n), Load(v.preconditioned + i, n), i, n);
+  }
+  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
+};
+
 template <typename T, int kPreconditioner, bool kLars>
 struct StepBody {
   using V = typename Simd<T>::Vector;
@@ -267,17 +278,21 @@ struct StepBody {
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), w = Load(v.w + i, n);
     V h = V{} + T(1);
-    if (kPreconditioner != kIdentity) h = Load(v.h + i, n);
-    V divisor = h;
+    if (kPreconditioner == kBfgs || kPreconditioner == kRms) h = Load(v.h + i, n);
+    V divided = g, divisor = h;
     if (kPreconditioner == kRms) {
       const V moment = SecondMoment(h, g, forget);
       Store(v.h + i, moment, n);
       divisor = Sqrt(moment);
     }
-    divisor += epsilon;
-    const V d = Direction(g, divisor, Load(v.d + i, n), stage.scale, stage.beta);
+    if (kPreconditioner == kGiven) {
+      divided = Load(v.preconditioned + i, n);
+    } else {
+      divisor += epsilon;
+    }
+    const V d = Direction(divided, divisor, Load(v.d + i, n), stage.scale, stage.beta);
     V step = d;
-    if (nesterov) step = Direction(g, divisor, d, stage.ahead, stage.kept);
+    if (nesterov) step = Direction(divided, divisor, d, stage.ahead, stage.kept);
     Store(v.d + i, d, n);
     if (stream && n == Lanes<T>()) {
       Stream(v.g_prev_out + i, g);
@@ -315,9 +330,12 @@ struct LarsBody {
     V d = Load(v.d + i, n);
     if (nesterov) {
       V h = V{} + T(1);
-      if (preconditioner != kIdentity) h = Load(v.h + i, n);
+      const bool is_given = preconditioner == kGiven;
+      if (v.h != nullptr) h = Load(v.h + i, n);
       if (preconditioner == kRms) h = Sqrt(h);
-      d = Direction(Load(v.g + i, n), h + epsilon, d, stage.ahead, stage.kept);
+      if (!is_given) h += epsilon;
+      const V divided = Load((is_given ? v.preconditioned : v.g) + i, n);
+      d = Direction(divided, h, d, stage.ahead, stage.kept);
     }
     Store(v.w + i, Weight(Load(v.w + i, n), d, decay_rate, step), n);
   }

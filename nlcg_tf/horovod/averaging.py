@@ -8,6 +8,8 @@ from tensorflow.python.ops import control_flow_util
 
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.collectives import average, name_of
+from nlcg_tf.horovod.factors import share
+from nlcg_tf.polar import shared_by
 
 
 class Averaging(CountsUpdates):
@@ -20,7 +22,8 @@ class Averaging(CountsUpdates):
     def apply(self, grads, trainable_variables=None):
         grads = list(grads)
         self._compare(grads, trainable_variables)
-        super().apply(grads, trainable_variables)
+        with shared_by(share):
+            super().apply(grads, trainable_variables)
 
     def _compare(self, grads, variables):
         """Refuses what would make the workers wait for each other for ever, in the first update.

@@ -6,6 +6,7 @@ import math
 import tensorflow as tf
 
 from nlcg_tf.horovod.collectives import lengths_of_parts
+from nlcg_tf.polar import matrix_shape, operations
 
 # Elements of a vector of several variables. The memory of much longer ones is given back to the
 # system after each use, and the first touch of new memory takes longer than the arithmetic.
@@ -16,14 +17,15 @@ LONGEST = 2**22
 class Layout:
     """Variables of one kind, end to end as one vector, of which each worker has a part.
 
-    The parts differ in length by one at most; where there are more workers than elements, some are
-    empty.
+    The parts differ in length by one at most, or hold whole variables; where there are more workers
+    than elements or variables, some are empty.
 
     Attributes:
         indices: tuple of ints, which of the model's trainable variables these are.
         shapes: tuple of their shapes.
         dtype: their dtype, a string.
         decays: whether weight decay applies to them.
+        whole: whether no variable is cut.
         workers, rank: ints.
     """
 
@@ -31,6 +33,7 @@ class Layout:
     shapes: tuple
     dtype: str
     decays: bool
+    whole: bool
     workers: int
     rank: int
 
@@ -45,7 +48,28 @@ class Layout:
     @property
     def lengths(self):
         """Elements of each worker's part."""
-        return lengths_of_parts(self.elements, self.workers)
+        if not self.whole:
+            return lengths_of_parts(self.elements, self.workers)
+        lengths = [0] * self.workers
+        for owner, size in zip(self._owners, self.sizes):
+            lengths[owner] += size
+        return lengths
+
+    @property
+    def _owners(self):
+        """Which worker has each whole variable: in order, with about as much work for each."""
+        costs = [operations(matrix_shape(shape)) for shape in self.shapes]
+        total, before, owners = sum(costs), 0, []
+        for cost in costs:
+            middle = (before + cost / 2) / max(total, 1)
+            owners.append(min(int(self.workers * middle), self.workers - 1))
+            before += cost
+        return owners
+
+    @property
+    def own_shapes(self):
+        """The shapes of the whole variables that this worker's part holds."""
+        return [s for s, owner in zip(self.shapes, self._owners) if owner == self.rank]
 
     def range(self):
         """First element of this worker's part, and the one after its last."""
@@ -72,12 +96,13 @@ class Layout:
         return [tf.reshape(part, shape) for part, shape in zip(parts, self.shapes)]
 
 
-def divide(variables, decays, workers, rank):
+def divide(variables, decays, whole, workers, rank):
     """The layouts of a model's trainable variables, in order, each of one dtype and decay.
 
     Args:
         variables: list of Keras variables.
         decays: function of a variable: whether weight decay applies to it.
+        whole: whether no variable is cut.
         workers, rank: ints.
     """
     groups, open_, elements = [], {}, {}
@@ -93,6 +118,7 @@ def divide(variables, decays, workers, rank):
             tuple(indices),
             tuple(tuple(variables[i].shape) for i in indices),
             *kind,
+            whole,
             workers,
             rank,
         )

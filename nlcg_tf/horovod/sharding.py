@@ -6,6 +6,7 @@ updates its part of the weights with its part of the state, and the weights are 
 """
 
 import dataclasses
+import math
 
 import horovod.tensorflow as hvd
 import keras
@@ -19,6 +20,7 @@ from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
 from nlcg_tf.horovod.layout import divide
 from nlcg_tf.optimizer import NLCG
+from nlcg_tf.polar import shared_by
 
 # Each element's update depends on that element alone, and on what all share.
 ELEMENTWISE = (
@@ -53,6 +55,15 @@ def why_not(optimizer):
     for name in ("clipnorm", "lars_coefficient"):
         if getattr(optimizer, name, None):
             return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
+    preconditioner = getattr(optimizer, "preconditioner", None)
+    if preconditioner is not None and preconditioner.couples != "elements":
+        # Of one that keeps a state the shapes of variables are not those of the parts.
+        if preconditioner.couples == "model" or preconditioner.initial_state((2, 2)):
+            return (
+                "parts of whole variables serve a preconditioner that couples elements, or a "
+                "variable without keeping a state. Received: preconditioner="
+                f"{preconditioner!r} with couples={preconditioner.couples!r}"
+            )
     if optimizer.built:
         return (
             f"{type(optimizer).__name__} has been built already, and its state is whole. "
@@ -74,9 +85,25 @@ class Parts:
 
     def __init__(self, layouts):
         self.elements = sum(layout.elements for layout in layouts)
+        self._shapes = [layout.own_shapes for layout in layouts]
 
     def sum(self, x):
         return hvd.allreduce(x, op=hvd.Sum, name="Horovod_sum_of_parts")
+
+    def pieces(self, vectors):
+        tensors = []
+        for vector, shapes in zip(vectors, self._shapes):
+            parts = tf.split(vector, [math.prod(shape) for shape in shapes]) if shapes else []
+            tensors += [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
+        # A worker without variables has a matrix without elements: there is something to work on.
+        return tensors or [tf.reshape(vectors[0], (0, 1))]
+
+    def join(self, tensors):
+        flat, vectors = iter([tf.reshape(x, [-1]) for x in tensors]), []
+        for shapes in self._shapes:
+            own = [next(flat) for _ in shapes]
+            vectors.append(tf.concat(own, axis=0) if own else tf.zeros([0], tensors[0].dtype))
+        return vectors
 
 
 class RecordsSlots:
@@ -148,7 +175,9 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
                 raise ValueError(
                     f"`shard=True`: variable '{name_of(variable)}' is overwritten with its gradient"
                 )
-        layouts = divide(variables, self._use_weight_decay, hvd.size(), hvd.rank())
+        preconditioner = getattr(self, "preconditioner", None)
+        whole = preconditioner is not None and preconditioner.couples == "variable"
+        layouts = divide(variables, self._use_weight_decay, whole, hvd.size(), hvd.rank())
         shards = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
         kept = {"layouts": layouts, "shards": shards, "recorded_slots": {}}
         # Not by Keras' `__setattr__`, which would count them as variables of the optimizer.
@@ -307,7 +336,8 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
         weights = [v.value for v in self._trainable_variables]
         for layout, shard in zip(self.layouts, self.shards):
             shard.assign(layout.own_part([weights[i] for i in layout.indices]))
-        with reductions.over_workers(Parts(self.layouts)):
+        # The factors of a part are this worker's alone.
+        with reductions.over_workers(Parts(self.layouts)), shared_by(None):
             self._apply_weight_decay(self.shards)
             super()._backend_update_step(grads, self.shards, learning_rate)
 

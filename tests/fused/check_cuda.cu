@@ -34,17 +34,18 @@ const char* UpdateBySweeps(const nlcg::Settings& settings,
 // that the calls share, which takes no time; the stream orders them.
 template <typename T>
 const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, int count, T** w,
-                   T** d, T** h, T** g_prev, T** g, T* ratios, T* sums, const int64_t* sizes,
-                   const double* weight_decays, const T* learning_rate, const T* loss, T* reals,
-                   int64_t* counts) {
+                   T** d, T** h, T** g_prev, T** g, T** preconditioned, T* ratios, T* sums,
+                   const int64_t* sizes, const double* weight_decays, const T* learning_rate,
+                   const T* loss, T* reals, int64_t* counts) {
   std::vector<nlcg::Variable<T>> variables(count);
   for (int i = 0; i < count; ++i) {
     variables[i] = {w[i],
                     d[i],
-                    settings->preconditioner != nlcg::kIdentity ? h[i] : nullptr,
+                    nlcg::HasDiagonal(*settings) ? h[i] : nullptr,
                     nlcg::KeepsGradient(*settings) ? g_prev[i] : nullptr,
                     nlcg::KeepsGradient(*settings) ? g_prev[i] : nullptr,
                     g[i],
+                    settings->preconditioner == nlcg::kGiven ? preconditioned[i] : nullptr,
                     settings->lars_coefficient > 0 ? ratios + i : nullptr,
                     nlcg::KeepsSums(*settings) ? sums + 4 * i : nullptr,
                     sizes[i],
@@ -77,13 +78,14 @@ const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, 
 // For the caller, who describes the settings once more.
 extern "C" int nlcg_settings_bytes() { return sizeof(nlcg::Settings); }
 
-#define NLCG_EXPORT(T, name)                                                                      \
-  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, bool one_by_one,        \
-                              int count, T** w, T** d, T** h, T** g_prev, T** g, T* ratios,       \
-                              T* sums, const int64_t* sizes, const double* weight_decays,         \
-                              const T* learning_rate, const T* loss, T* reals, int64_t* counts) { \
-    return Update<T>(settings, fresh, one_by_one, count, w, d, h, g_prev, g, ratios, sums, sizes, \
-                     weight_decays, learning_rate, loss, reals, counts);                          \
+#define NLCG_EXPORT(T, name)                                                                     \
+  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, bool one_by_one,       \
+                              int count, T** w, T** d, T** h, T** g_prev, T** g,                 \
+                              T** preconditioned, T* ratios, T* sums, const int64_t* sizes,      \
+                              const double* weight_decays, const T* learning_rate,               \
+                              const T* loss, T* reals, int64_t* counts) {                        \
+    return Update<T>(settings, fresh, one_by_one, count, w, d, h, g_prev, g, preconditioned,     \
+                     ratios, sums, sizes, weight_decays, learning_rate, loss, reals, counts);    \
   }
 NLCG_EXPORT(float, nlcg_update_float32)
 NLCG_EXPORT(double, nlcg_update_float64)

@@ -30,12 +30,13 @@ from tests.fused.cuda_problem import (
     Problem,
     Variant,
     build,
+    precondition,
 )
 from tests.fused.devices import CuPy, Emulated, Torch
 from tests.fused.times_cuda import show_times
 from tests.support.oracle import Oracle
 
-BOUNDS = {"float32": {"fletcher_reeves": 1e-5, "polak_ribiere": 1e-4, "blended": 1e-5}}
+BOUNDS = {"float32": {**dict.fromkeys(RULES, 1e-5), "polak_ribiere": 1e-4}}
 BOUNDS["float64"] = dict.fromkeys(RULES, 1e-12)
 
 
@@ -55,9 +56,14 @@ VARIANTS = [
     Variant(line_search="online", decay=0.5, one_by_one=True),
     Variant("normalized_bfgs", nesterov=True, one_by_one=True),
     Variant("rms", nesterov=True, one_by_one=True),
+    Variant("given", decay=0.5),
+    Variant("given", nesterov=True, lars=1.0, line_search="online"),
+    Variant("given", nesterov=True, one_by_one=True),
 ]
+# What is given goes with those rules that look at no step.
+LOOK_BACK = ("polak_ribiere", "blended")
 # Rule, variant, transfers of the parameter vector (nlcg_update.h).
-# Sizes, updates, types, variants. More than 46 variables take several launches to fill the kernels'
+# Sizes, updates, types, variants. More than 42 variables take several launches to fill the kernels'
 # table. The last of each list have more chunks than there are threads to add them up.
 BOTH = ["float32", "float64"]
 CASES = [
@@ -105,7 +111,12 @@ def check(device, library, sizes, updates, dtype, rule, variant):
     """
     problem = Problem(device, library, sizes, dtype, rule, variant)
     start = np.concatenate(problem.start).astype(np.float64)
-    settings = (rule, variant.preconditioner, variant.line_search)
+    preconditioner = variant.preconditioner
+    settings = (
+        rule,
+        precondition if preconditioner == "given" else preconditioner,
+        variant.line_search,
+    )
     oracle = Oracle(start, sizes, *settings, lars=variant.lars or None, nesterov=variant.nesterov)
     decays = np.repeat(problem.decays, sizes)
     rng = np.random.default_rng(1)
@@ -203,6 +214,8 @@ def main():
     print(f"{'nesterov':<8} line search  LARS decay one by one update   scalars")
     for sizes, updates, types, variants in EMULATED_CASES if arguments.emulate else CASES:
         for dtype, rule, variant in itertools.product(types, RULES, variants):
+            if variant.preconditioner == "given" and rule in LOOK_BACK:
+                continue
             name = str(sizes) if len(sizes) < 9 else f"{len(sizes)} x {sizes[0]}"
             name = f"{name:<28} {dtype:<8} {rule:<16} {variant.preconditioner!s:<16} "
             name += f"{variant.nesterov!s:<8} {variant.line_search!s:<12} "

@@ -15,8 +15,8 @@ import numpy as np
 from tests.support.oracle import STEP_FACTORS
 
 ROOT = pathlib.Path(__file__).parents[2]
-RULES = ["fletcher_reeves", "polak_ribiere", "blended"]
-PRECONDITIONERS = [None, "bfgs", "normalized_bfgs", "rms"]
+RULES = ["fletcher_reeves", "polak_ribiere", "blended", "momentum"]
+PRECONDITIONERS = [None, "bfgs", "normalized_bfgs", "rms", "given"]
 LINE_SEARCHES = [None, "online", "step"]
 # As in composed.py, which cannot be imported where there is no TensorFlow.
 REALS = ["delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean"]
@@ -105,6 +105,11 @@ def _without_launches(source, folder):
     return target
 
 
+def precondition(g, w=None):
+    """What the variant "given" computes outside of the kernels."""
+    return g * np.resize(np.array([0.2, 1.2, 2.2], g.dtype), g.shape)
+
+
 class Problem:
     """Variables of given sizes on the device, and the call that updates them."""
 
@@ -114,8 +119,8 @@ class Problem:
         # Where a variable is all zero LARS leaves its step alone.
         self.start = [rng.normal(size=n).astype(dtype) * (n != 1) for n in sizes]
         self.w = [device.put(x) for x in self.start]
-        self.d, self.g_prev, self.g = (
-            [device.put(np.zeros(n, dtype)) for n in sizes] for _ in range(3)
+        self.d, self.g_prev, self.g, self.preconditioned = (
+            [device.put(np.zeros(n, dtype)) for n in sizes] for _ in range(4)
         )
         initial = 0 if variant.preconditioner == "rms" else 1
         self.h = [device.put(np.full(n, initial, dtype)) for n in sizes]
@@ -134,7 +139,7 @@ class Problem:
 
     def update(self, fresh=True):
         pointer = lambda x: ctypes.c_void_p(self.device.pointer(x))  # noqa: E731
-        lists = (self.w, self.d, self.h, self.g_prev, self.g)
+        lists = (self.w, self.d, self.h, self.g_prev, self.g, self.preconditioned)
         error = self.function(
             ctypes.byref(self.settings),
             ctypes.c_bool(fresh),
@@ -151,7 +156,9 @@ class Problem:
 
     def set(self, gradient, rate, loss):
         parts = np.split(gradient, np.cumsum(self.sizes)[:-1])
-        for target, value in zip([*self.g, self.rate, self.loss], [*parts, [rate], [loss]]):
+        given = np.split(precondition(gradient), np.cumsum(self.sizes)[:-1])
+        targets = [*self.g, *self.preconditioned, self.rate, self.loss]
+        for target, value in zip(targets, [*parts, *given, [rate], [loss]]):
             target[...] = self.device.put(np.asarray(value, self.dtype))
 
     def weights(self):

@@ -47,7 +47,10 @@ nlcg::ParallelFor Threads(int threads) {
 template <typename T>
 void SetGradients(const std::vector<std::vector<T>>& w, Buffers<T>* b) {
   for (size_t v = 0; v < w.size(); ++v) {
-    for (size_t j = 0; j < w[v].size(); ++j) b->g[v][j] = T(w[v][j] * (1 + v) + 0.1 * Random());
+    for (size_t j = 0; j < w[v].size(); ++j) {
+      b->g[v][j] = T(w[v][j] * (1 + v) + 0.1 * Random());
+      b->preconditioned[v][j] = b->g[v][j] * T(0.2 + j % 3);
+    }
   }
 }
 
@@ -75,7 +78,7 @@ void UpdateInHalves(const Settings& settings, double rate, double loss, Buffers<
     nlcg::Variable<T> rest = v;
     v.size /= 2;
     for (T** x : {&rest.w, &rest.d, &rest.h, &rest.g_prev_out}) *x += *x != nullptr ? v.size : 0;
-    for (const T** x : {&rest.g, &rest.g_prev}) *x += *x != nullptr ? v.size : 0;
+    for (const T** x : {&rest.g, &rest.preconditioned, &rest.g_prev}) *x += *x != nullptr ? v.size : 0;
     rest.size -= v.size;
     halves[0].push_back(v);
     halves[1].push_back(rest);
@@ -194,13 +197,14 @@ void RunAll() {
 #endif
   settings.momentum = 0.9;
   int number = 0;
-  for (int preconditioner : {nlcg::kIdentity, nlcg::kBfgs, nlcg::kNormalizedBfgs, nlcg::kRms}) {
-    for (int rule : {nlcg::kFletcherReeves, nlcg::kPolakRibiere, nlcg::kBlended}) {
+  for (int preconditioner = nlcg::kIdentity; preconditioner <= nlcg::kGiven; ++preconditioner) {
+    for (int rule = nlcg::kFletcherReeves; rule <= nlcg::kMomentum; ++rule) {
       for (bool nesterov : {false, true}) {
         for (double lars : {0.0, 0.02}) {
           settings.preconditioner = preconditioner;
-          settings.decay = preconditioner == nlcg::kBfgs ? 1 : 0.99;
           settings.rule = rule;
+          if (preconditioner == nlcg::kGiven && nlcg::LooksBack(settings)) continue;
+          settings.decay = preconditioner == nlcg::kBfgs ? 1 : 0.99;
           settings.nesterov = nesterov;
           settings.lars_coefficient = lars;
           settings.line_search = number++ % 2 ? nlcg::kOnline : nlcg::kNoLineSearch;
@@ -263,7 +267,7 @@ void RunLarge() {
       small.g[0][i] = g.Last()[i] = small.w[0][i] * (1 + i % 3) + 0.1f * float(Random());
     }
     const nlcg::Variable<float> v = {w.p, d.p,     h.p,  g_prev.p,         g_prev.p,
-                                     g.p, nullptr, sums, LongArray::kSize, 0.0};
+                                     g.p, nullptr, nullptr, sums, LongArray::kSize, 0.0};
     CHECK(nlcg::UpdateOnCpu<float>(settings, {v}, 0.05f, 1, reals, counts, Threads(2)));
     CHECK(nlcg::UpdateOnCpu<float>(settings, small.Variables(settings, false), 0.05f, 1,
                                    small.reals.data(), small.counts.data(), Threads(2)));

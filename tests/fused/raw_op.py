@@ -25,8 +25,9 @@ class Call:
         make = lambda shape: tf.Variable(tf.constant(rng.normal(size=shape), dtype))  # noqa: E731
         self.weights = [make(shape) for shape in SHAPES]
         bfgs = preconditioner in ("bfgs", "normalized_bfgs")
-        keeps_gradient = bfgs or update_rule != "fletcher_reeves"
-        kinds = 1 + keeps_gradient + (preconditioner != "none")
+        keeps_gradient = bfgs or update_rule in ("polak_ribiere", "blended")
+        kinds = 1 + keeps_gradient + (bfgs or preconditioner == "rms")
+        given = SHAPES if preconditioner == "given" else []
         self.slots = [make(shape) for _ in range(kinds) for shape in SHAPES]
         self.reals = tf.Variable(tf.zeros(LENGTH, dtype))
         self.counts = tf.Variable(tf.zeros(4, tf.int64))
@@ -43,6 +44,7 @@ class Call:
             "trust_ratios": [v.handle for v in self.ratios],
             "curvature_sums": [v.handle for v in self.sums],
             "gradients": [tf.constant(rng.normal(size=shape), dtype) for shape in SHAPES],
+            "preconditioned": [tf.constant(rng.normal(size=shape), dtype) for shape in given],
             "learning_rate": tf.constant(0.1, dtype),
             "loss": tf.constant(1.0, dtype),
             "settings": _settings(1e-8, lars),
@@ -170,6 +172,7 @@ SPOILERS = {
         "curvature_sums", lambda call: [call.keep(tf.Variable(tf.zeros((4, 4), tf.int32)))]
     ),
     "sums that the look-ahead has not": _set("nesterov", True),
+    "P g that the op computes itself": _set("preconditioned", lambda c: c.arguments["gradients"]),
     "slots of another rule": _set("preconditioner", "none"),
     "unknown preconditioner": _set("preconditioner", "adam"),
     "vector learning rate": _set("learning_rate", tf.zeros(2)),
@@ -237,6 +240,15 @@ LARS_SPOILERS = {
 }
 
 
+GIVEN_SPOILERS = {
+    "too few of P g": _set("preconditioned", lambda call: call.arguments["preconditioned"][:-1]),
+    "no P g": _set("preconditioned", []),
+    "P g of another shape": _replace("preconditioned", 0, lambda call: tf.zeros((4, 3))),
+    "P g of another type": _replace("preconditioned", 0, lambda call: tf.zeros((3, 4), tf.float64)),
+    "a rule that looks back": _set("update_rule", "blended"),
+}
+
+
 def fuzz(library, calls, seed):
     """Runs random calls, good and bad, eager; returns how many were done and how many refused.
 
@@ -244,7 +256,7 @@ def fuzz(library, calls, seed):
     gradient or loss that is not finite is skipped.
     """
     rng = np.random.default_rng(seed)
-    spoilers = {**SPOILERS, **LARS_SPOILERS}
+    spoilers = {**SPOILERS, **LARS_SPOILERS, **GIVEN_SPOILERS}
     values = [0.0, -0.0, 1.0, 1e-42, 1e-30, 1e30, 3e38, np.nan, np.inf, -np.inf]
     done = refused = 0
     call = None
@@ -252,8 +264,9 @@ def fuzz(library, calls, seed):
         if call is None or rng.random() < 0.02:
             dtype = [tf.float32, tf.float64][rng.integers(2)]
             lars = [0.0, 0.01][rng.integers(2)]
-            preconditioner = ["none", "bfgs", "normalized_bfgs", "rms"][rng.integers(4)]
-            rule = ["fletcher_reeves", "polak_ribiere", "blended"][rng.integers(3)]
+            preconditioner = ["none", "bfgs", "normalized_bfgs", "rms", "given"][rng.integers(5)]
+            rules = ["fletcher_reeves", "momentum", "polak_ribiere", "blended"]
+            rule = rules[rng.integers(2 if preconditioner == "given" else 4)]
             seed, nesterov = int(rng.integers(1000)), bool(rng.integers(2))
             call = Call(seed, dtype, preconditioner, lars, rule, nesterov)
             good, before = dict(call.arguments), call.bits()

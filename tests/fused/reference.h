@@ -19,7 +19,7 @@ inline double Random() {  // in [-1, 1)
 // elements make the pointers unaligned to vectors.
 template <typename T>
 struct Buffers {
-  std::vector<std::vector<T>> w, d, h, g_prev, g;
+  std::vector<std::vector<T>> w, d, h, g_prev, g, preconditioned;
   std::vector<T> ratios;
   std::vector<T> sums;  // of BFGS, for each variable four
   std::vector<T> reals;
@@ -28,7 +28,7 @@ struct Buffers {
 
   Buffers(const std::vector<int64_t>& sizes, int offset) : offset(offset) {
     for (int64_t size : sizes) {
-      for (auto* buffers : {&w, &d, &h, &g_prev, &g}) {
+      for (auto* buffers : {&w, &d, &h, &g_prev, &g, &preconditioned}) {
         buffers->emplace_back(size + offset);
         for (T& x : buffers->back()) x = T(buffers == &h ? 1.0 : Random());
       }
@@ -49,7 +49,9 @@ struct Buffers {
       v.w = w[i].data() + offset;
       v.d = d[i].data() + offset;
       const bool keeps_gradient = nlcg::KeepsGradient(settings);
-      v.h = settings.preconditioner != nlcg::kIdentity ? h[i].data() + offset : nullptr;
+      v.h = nlcg::HasDiagonal(settings) ? h[i].data() + offset : nullptr;
+      const bool is_given = settings.preconditioner == nlcg::kGiven;
+      v.preconditioned = is_given ? preconditioned[i].data() + offset : nullptr;
       v.g_prev = keeps_gradient ? g_prev[i].data() + offset : nullptr;
       v.g_prev_out = keeps_gradient && !adopt ? g_prev[i].data() + offset : nullptr;
       v.g = g[i].data() + offset;
@@ -115,6 +117,11 @@ class Reference {
     return rms ? std::sqrt(double(b->h[v][i])) + eps : bfgs ? b->h[v][i] + eps : 1 + eps;
   }
 
+  double Quotient(size_t v, size_t i) const {
+    if (s.preconditioner == nlcg::kGiven) return b->preconditioned[v][i];
+    return b->g[v][i] / Divisor(v, i);
+  }
+
   double LastStep(size_t v, size_t i) const {
     const double d = b->d[v][i], z = -scale_prev * b->g_prev[v][i] / Divisor(v, i);
     const double ahead = cap_prev * z + beta_prev * d - d;
@@ -165,8 +172,8 @@ class Reference {
       if (bfgs) h += (1 - s.decay) * (1 - kappa) * (1 - h);
       if (rms) h = s.decay * h + (1 - s.decay) * g * g;
       b->h[v][i] = T(h);
-      fresh += g * g / Divisor(v, i);
-      squares += g / Divisor(v, i) * g / Divisor(v, i);
+      fresh += g * Quotient(v, i);
+      squares += Quotient(v, i) * Quotient(v, i);
       inverses += 1 / Divisor(v, i);
     });
     mean = bfgs && elements > 0 ? elements / inverses : 1;
@@ -178,6 +185,7 @@ class Reference {
     const double top = scale * fresh - (s.rule == nlcg::kPolakRibiere ? scale_prev * mid : 0);
     beta = std::fmin(std::fmax(top / (reals[nlcg::kDelta] + 1e-30), 0), 1);
     if (s.rule == nlcg::kBlended) beta = kappa * beta + (1 - kappa) * s.momentum;
+    if (s.rule == nlcg::kMomentum) beta = s.momentum;
     if (first) beta = 0;
   }
 
@@ -198,7 +206,7 @@ class Reference {
   };
   Moved Move(size_t v, size_t i) const {
     const double ahead = s.nesterov ? 1 - kappa : 0;
-    const double z = -scale * b->g[v][i] / Divisor(v, i), d = beta * b->d[v][i] + z;
+    const double z = -scale * Quotient(v, i), d = beta * b->d[v][i] + z;
     return {d, d + ahead * (z + beta * d - d)};
   }
 

@@ -16,6 +16,7 @@ TIMED = [
     ("blended", Variant("normalized_bfgs", nesterov=True), 16),
     ("fletcher_reeves", Variant("rms"), 9),
     ("blended", Variant("rms", nesterov=True), 12),
+    ("momentum", Variant("given", nesterov=True), 8),
 ]
 
 
@@ -34,6 +35,8 @@ def composed_call(rule, variant, size):
     except ImportError as error:
         print(f"no composed update: {error}")
         return None
+    if variant.preconditioner == "given":
+        return None  # Keras computes most of it
     weights = keras.Variable(np.ones(size, np.float32))
     settings = {"nesterov": variant.nesterov, "fused": False}
     optimizer = nlcg_tf.NLCG(1e-4, rule, variant.preconditioner, variant.line_search, **settings)

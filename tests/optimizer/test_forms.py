@@ -5,22 +5,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import nlcg_tf
 from nlcg_tf import NLCG
 from tests.support.problems import paper_nlcg
 
 
-class SignDescent:
+class SignDescent(nlcg_tf.preconditioner.Preconditioner):
     """A preconditioner of a user's own: z = -sign(g), with a count of its calls as its slot."""
 
-    uses_steps = False
+    def initial_state(self, shape):
+        return {"calls": (shape, 0.0)}
 
-    def initial_state(self):
-        return {"calls": 0.0}
-
-    def update(self, state, g, y, s, kappa):
+    def update(self, state, g, w, y, s, kappa):
         return {"calls": [calls + 1 for calls in state["calls"]]}, True
 
-    def apply(self, state, g, epsilon):
+    def apply(self, state, g, w, epsilon):
         return [keras.ops.sign(g_i) for g_i in g], keras.ops.ones(())
 
 
@@ -38,7 +37,7 @@ def test_a_preconditioner_of_ones_own_is_used():
 
 def test_a_slot_with_a_name_of_the_optimizer_is_refused():
     preconditioner = SignDescent()
-    preconditioner.initial_state = lambda: {"direction": 0.0}
+    preconditioner.initial_state = lambda shape: {"direction": (shape, 0.0)}
     with pytest.raises(ValueError, match=r"`preconditioner`.*direction.*Received"):
         paper_nlcg(preconditioner=preconditioner).build([keras.Variable([1.0])])
 

@@ -18,7 +18,10 @@ STEP_FACTORS = [
 
 
 class Oracle:
-    """One update a call of `update`; `sizes` tells LARS where each variable lies in the vector."""
+    """One update a call of `update`; `sizes` tells LARS where each variable lies in the vector.
+
+    `preconditioner`: a name, `None`, or a function of g and w to P g.
+    """
 
     def __init__(
         self,
@@ -133,6 +136,8 @@ class Oracle:
             q = g / (np.sqrt(self.v) + self.eps)
             self.preconditioner_mean = np.linalg.norm(g) / np.linalg.norm(q) if q.any() else 0.0
             return -self.preconditioner_mean * q
+        if callable(self.preconditioner):
+            return -self.preconditioner(g, self.w)
         if self.preconditioner is None:
             return -g / (1 + self.eps)
         divisor = self.h + self.eps
@@ -141,6 +146,8 @@ class Oracle:
         return -(self.preconditioner_mean if normalized else 1.0) * g / divisor
 
     def _beta(self, g, delta_new, z_prev):
+        if self.rule == "momentum":
+            return self.momentum
         top = delta_new
         if self.rule == "polak_ribiere":
             top += float(g @ z_prev)

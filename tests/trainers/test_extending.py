@@ -14,8 +14,8 @@ import keras
 from absl import flags
 
 import nlcg_tf
-from nlcg_tf.configurable import Configurable
-from nlcg_tf.preconditioner import NAMES
+
+from nlcg_tf.preconditioner import NAMES, Preconditioner
 from scripts.plot import tables
 from scripts.shared import runs, style
 from scripts.sweep import definition
@@ -30,16 +30,8 @@ folder = pathlib.Path(sys.argv[1])
 
 @keras.saving.register_keras_serializable()
 @dataclasses.dataclass(frozen=True)
-class Doubled(Configurable):
-    uses_steps = False
-
-    def initial_state(self):
-        return {}
-
-    def update(self, state, g, y, s, kappa):
-        return state, True
-
-    def apply(self, state, g, epsilon):
+class Doubled(Preconditioner):
+    def apply(self, state, g, w, epsilon):
         return [2 * g_i for g_i in g], 0.5
 
 def load(data_dir, download):

@@ -1,11 +1,9 @@
 """Muon for networks with convolutions."""
 
-import math
-
 import keras
 from keras import ops
 
-from nlcg_tf.polar import norm, polar_factors
+from nlcg_tf.polar import matrix_shape, norm, polar_factors
 
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
@@ -59,7 +57,7 @@ class Muon(keras.optimizers.Optimizer):
             v = self.momentum * self._first[i] + g
             self._first[i].assign(v)
             sums.append(g + self.momentum * v)
-        matrices = [ops.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1])) for x in sums]
+        matrices = [ops.reshape(x, matrix_shape(x.shape)) for x in sums]
         for (_, _, w), factor in zip(kernels, polar_factors(matrices)):
             length = 0.2 * max(factor.shape) ** 0.5
             if self.length == "norm":
