@@ -129,21 +129,19 @@ class Stages:
     def finish_direction(self):
         """beta and the direction; with the blended rule the length of the step."""
         old, optimizer, kappa = self.old, self.optimizer, self.new["kappa"]
-        z, mean = apply(
-            self.preconditioner, self.state, self.g, self.weights, optimizer.epsilon
-        )
+        z, mean = apply(self.preconditioner, self.state, self.g, self.weights, optimizer.epsilon)
         self.preconditioned = z
         delta_new = dot(self.g, z)
         if self.blends:
             beta = direction.blended(delta_new, old["delta"], kappa, optimizer.momentum)
-        elif optimizer.update_rule == "momentum":
-            beta = ops.full_like(delta_new, optimizer.momentum)
         elif optimizer.update_rule == "polak_ribiere":
             delta_mid = dot(self.g, self.preconditioned_before)
             beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
         else:
             beta = direction.fletcher_reeves(delta_new, old["delta"])
         beta = ops.where(self.first, ops.zeros_like(beta), beta)
+        if optimizer.update_rule == "momentum":
+            beta = ops.full_like(delta_new, optimizer.momentum)
         self.d = [beta * d_i - z_i for z_i, d_i in zip(z, self.d)]
         self.step = self._look_ahead(z, self.d, beta, kappa)
         if self.blends:

@@ -142,26 +142,17 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             *{keras.backend.standardize_dtype(v.dtype) for v in var_list}, "float32"
         )
         preconditioner = self.preconditioner or preconditioners.Preconditioner()
-        uses_steps = preconditioner.uses_steps
         states = [preconditioner.initial_state(tuple(v.shape)) for v in var_list]
         for v, state in zip(var_list, states):
             self._check_state(v, state)
-        own, rule = ["direction"], self.update_rule
-        looks_back = rule == "polak_ribiere" or (self.nesterov and (uses_steps or rule == "blended"))
-        # Made anew, P g_prev would cost as much as P g, or be of weights that have moved.
-        is_cheap = preconditioner.couples == "elements" and not preconditioner.uses_weights
-        if uses_steps or rule == "blended" or (rule == "polak_ribiere" and is_cheap):
-            own.append("previous_gradient")
-        if looks_back and not is_cheap:
-            own.append("previous_preconditioned")
-        names = dict.fromkeys([name for state in states for name in state])
+        entries = list(zip(var_list, states))
         self.slots = {
-            name: [self._add_slot(v, name, *state.get(name, ())) for v, state in zip(var_list, states)]
-            for name in names
+            name: [self._add_slot(v, name, *state.get(name, ())) for v, state in entries]
+            for name in dict.fromkeys(name for state in states for name in state)
         }
-        for name in own:
+        for name in self._own_slots(preconditioner):
             self.slots[name] = self.add_optimizer_variables(var_list, name)
-        if uses_steps and not self.nesterov and not are_divided():
+        if preconditioner.uses_steps and not self.nesterov and not are_divided():
             # For each variable sum(g_prev d) and sum(d h d) of its last update, each in two parts
             # of this type that make up a double. Only the fused op keeps them; -1: not known.
             self.curvature_sums = self._add_state(
@@ -182,6 +173,20 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         values = [*[0.0] * len(REALS), *state.values()]
         self.reals = self._add_state("reals", values, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
+
+    def _own_slots(self, preconditioner):
+        """Names of the slots that the update needs besides the preconditioner's."""
+        uses_steps, rule = preconditioner.uses_steps, self.update_rule
+        blends, is_pr = rule == "blended", rule == "polak_ribiere"
+        # Made anew, P g_prev would cost as much as P g, or be of weights that have moved.
+        is_cheap = preconditioner.couples == "elements" and not preconditioner.uses_weights
+        names = ["direction"]
+        if uses_steps or blends or (is_pr and is_cheap):
+            names.append("previous_gradient")
+        looks_back = is_pr or (self.nesterov and (uses_steps or blends))
+        if looks_back and not is_cheap:
+            names.append("previous_preconditioned")
+        return names
 
     def _check_state(self, variable, state):
         if taken := set(composed.OWN_SLOTS) & set(state):

@@ -9,7 +9,7 @@ from keras import ops
 from nlcg_tf.reductions import total
 
 # The odd polynomials a x + b x^3 + c x^5 that one after the other bring singular values nearest to
-# 1: Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv 2505.16932), for values from 1e-3 to 1.
+# 1, from 1e-3 on: Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv 2505.16932).
 COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -58,7 +58,7 @@ def shared_by(share):
 
 
 def matrix_shape(shape):
-    """Rows and columns of a kernel: all dimensions but the last, and the last; a vector is a row."""
+    """A kernel as a matrix: its rows are all dimensions but the last. A vector is a row."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 

@@ -144,7 +144,8 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(free("log_steps"), 10, "Updates between two logged steps.", lower_bound=1)
 
 
-for _name in ("weight_decay", "learning_rate_factor", "peak_learning_rate", "lars_coefficient", "label_smoothing"):
+_RATES = ("learning_rate_factor", "peak_learning_rate")
+for _name in (*_RATES, "weight_decay", "lars_coefficient", "label_smoothing"):
     flags.register_validator(
         _name, lambda value: value is None or math.isfinite(value), "must be a finite number"
     )

@@ -179,10 +179,10 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
   double beta = ClippedToOne(top / (reals[kDelta] + T(kTiny)));
   if (settings.rule == kBlended) {
     beta = stage->kappa * beta + (1 - stage->kappa) * settings.momentum;
-  } else if (settings.rule == kMomentum) {
-    beta = settings.momentum;
   }
-  stage->beta = stage->first ? T(0) : T(beta);
+  if (stage->first) beta = 0;
+  if (settings.rule == kMomentum) beta = settings.momentum;
+  stage->beta = T(beta);
   stage->reals[kDelta] = delta;
   stage->reals[kBeta] = stage->beta;
   stage->reals[kKappa] = T(stage->kappa);

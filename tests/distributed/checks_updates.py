@@ -85,6 +85,33 @@ def check_custom_loop_eager_and_graph():
         assert difference < 2e-5, (graph, difference)
 
 
+def check_workers_share_the_polar_factors():
+    """Each computes some, and all have the bits of one worker's up to rounding."""
+    shapes = [(3, 3, 2, 8), (18, 8), (6, 40), (40, 6), (7,), (1, 5)]
+    ends = []
+    for processes in (1, 2):
+        rng = np.random.default_rng(0)
+        variables = [keras.Variable(rng.normal(size=shape), dtype="float32") for shape in shapes]
+        optimizer = NLCG(0.05, "momentum", "spectral")
+        if processes == 2:
+            optimizer = hvd.DistributedOptimizer(optimizer)
+        optimizer.build(variables)
+        step = tf.function(optimizer.apply)
+        for _ in range(10):
+            # On two workers the mean of 1.5 g and 0.5 g.
+            share = 1.5 - hvd.rank() if processes == 2 else 1.0
+            step([tf.constant(share * rng.normal(size=s), tf.float32) for s in shapes], variables)
+        ends.append(flat(variables))
+        if processes == 2:
+            hvd.check_identical([*variables, *optimizer.variables])
+    assert relative_difference(*ends) < 1e-6
+    graph = step.get_concrete_function([tf.zeros(s) for s in shapes], variables).graph
+    # Two groups of equal shapes and three other kernels: no worker has all.
+    products = [op for op in graph.get_operations() if op.type == "BatchMatMulV2"]
+    counts = hvd.allgather_object(len(products))
+    assert all(0 < count < 5 * 18 for count in counts), counts
+
+
 def check_compression():
     x, y = regression_data(BATCH)
     run = lambda optimizer, steps=1: trained(  # noqa: E731

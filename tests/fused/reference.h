@@ -185,8 +185,8 @@ class Reference {
     const double top = scale * fresh - (s.rule == nlcg::kPolakRibiere ? scale_prev * mid : 0);
     beta = std::fmin(std::fmax(top / (reals[nlcg::kDelta] + 1e-30), 0), 1);
     if (s.rule == nlcg::kBlended) beta = kappa * beta + (1 - kappa) * s.momentum;
-    if (s.rule == nlcg::kMomentum) beta = s.momentum;
     if (first) beta = 0;
+    if (s.rule == nlcg::kMomentum) beta = s.momentum;
   }
 
   void SearchOnline() {

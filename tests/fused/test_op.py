@@ -14,19 +14,20 @@ import tensorflow as tf
 import nlcg_tf
 from nlcg_tf import NLCG, fused
 from nlcg_tf.fused import nlcg_update
-from tests.fused.raw_op import LARS_SPOILERS, SPOILERS, Call, fuzz
+from tests.fused.raw_op import GIVEN_SPOILERS, LARS_SPOILERS, SPOILERS, Call, fuzz
 from tests.support.problems import paper_nlcg, regression_data, regression_model
 
 REFUSED = (tf.errors.OpError, TypeError, ValueError)
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("case", [*SPOILERS, *LARS_SPOILERS])
+@pytest.mark.parametrize("case", [*SPOILERS, *LARS_SPOILERS, *GIVEN_SPOILERS])
 def test_bad_input_is_refused_and_changes_nothing(fused_library, case, graph):
-    call = Call(lars=0.01 if case in LARS_SPOILERS else 0.0)
+    given = {"preconditioner": "given"} if case in GIVEN_SPOILERS else {}
+    call = Call(lars=0.01 if case in LARS_SPOILERS else 0.0, **given)
     call.run(fused_library, graph)  # the call is good until it is spoilt
     before = call.bits()
-    {**SPOILERS, **LARS_SPOILERS}[case](call)
+    {**SPOILERS, **LARS_SPOILERS, **GIVEN_SPOILERS}[case](call)
     watched = before + call.bits()[len(before) :]
     with pytest.raises(REFUSED):
         call.run(fused_library, graph)

@@ -70,6 +70,8 @@ class Oracle:
         z_prev, self.z = self.z, self._precondition(g)
         delta_new = -float(g @ self.z)
         self.beta = self._beta(g, delta_new, z_prev) if self.updates > 0 else 0.0
+        if self.rule == "momentum":
+            self.beta = self.momentum
         self.d = self.z + self.beta * self.d
         ahead = self.nesterov * (1 - self.kappa)
         direction = self.d + ahead * (self.z + self.beta * self.d - self.d)
@@ -146,8 +148,6 @@ class Oracle:
         return -(self.preconditioner_mean if normalized else 1.0) * g / divisor
 
     def _beta(self, g, delta_new, z_prev):
-        if self.rule == "momentum":
-            return self.momentum
         top = delta_new
         if self.rule == "polak_ribiere":
             top += float(g @ z_prev)

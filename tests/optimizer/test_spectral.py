@@ -1,0 +1,198 @@
+"""The spectral preconditioner, against singular value decompositions in float64."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import nlcg_tf
+from nlcg_tf import NLCG
+from tests.support.oracle import Oracle
+from tests.support.problems import SHAPES, flat, relative_difference
+
+KERNELS = [(3, 3, 2, 8), (6, 10), (40, 5), (1, 7), (5,), ()]
+
+
+def spectral(g, w):
+    """P g of a variable, from the definition."""
+    if g.ndim < 2:
+        return 0.3 * g / np.sqrt(np.mean(g**2))
+    u, _, v = np.linalg.svd(g.reshape(-1, g.shape[-1]), full_matrices=False)
+    factor = u @ v
+    length = max(np.linalg.norm(w), 0.01 * np.sqrt(g.shape[-1]))
+    return (length / np.linalg.norm(factor) * factor).reshape(g.shape)
+
+
+def spectral_of_vector(shapes):
+    """The same of all variables end to end, for the oracle."""
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+
+    def apply(g, w):
+        parts = zip(np.split(g, ends), np.split(w, ends), shapes)
+        return flat(spectral(a.reshape(shape), b.reshape(shape)) for a, b, shape in parts)
+
+    return apply
+
+
+def make_optimizer(**arguments):
+    return NLCG(
+        **{"learning_rate": 0.05, "update_rule": "momentum", "preconditioner": "spectral"},
+        **arguments,
+    )
+
+
+def step_once(optimizer, weights, gradients):
+    variables = [keras.Variable(w) for w in weights]
+    optimizer.apply([tf.constant(g) for g in gradients], variables)
+    return [v.numpy() for v in variables]
+
+
+@pytest.mark.parametrize("nesterov, line_search", [(True, None), (False, "online")])
+@pytest.mark.parametrize("rule", ["momentum", "fletcher_reeves", "polak_ribiere", "blended"])
+def test_updates_are_those_of_the_oracle(rule, nesterov, line_search, fused):
+    """To a thousandth, for the polar factors are no nearer to those of an exact decomposition."""
+    if fused and rule in ("polak_ribiere", "blended"):
+        pytest.skip("the op does not know these rules with it")
+    rng = np.random.default_rng(0)
+    shapes = [shape for shape in [*SHAPES, *KERNELS] if np.prod(shape) < 500]
+    start = [rng.normal(size=shape) for shape in shapes]
+    variables = [keras.Variable(w, dtype="float64") for w in start]
+    arguments = {"nesterov": nesterov, "line_search": line_search, "fused": fused}
+    optimizer = NLCG(0.02, rule, "spectral", **arguments)
+    oracle = Oracle(
+        flat(start), [], rule, spectral_of_vector(shapes), line_search, nesterov=nesterov
+    )
+    for t in range(10):
+        gradients = [v.numpy() + 0.1 * rng.normal(size=v.shape) for v in variables]
+        loss = float(np.float32(1 / (1 + t)))
+        optimizer.observe_loss(loss)
+        optimizer.apply([tf.constant(g) for g in gradients], variables)
+        oracle.update(flat(gradients), loss, 0.02)
+    difference = flat(v.numpy() for v in variables) - flat(start)
+    assert relative_difference(difference, oracle.w - flat(start)) < 3e-3
+    diagnostics = optimizer.diagnostics()
+    assert diagnostics["beta"] == pytest.approx(oracle.beta, rel=1e-2)
+    assert diagnostics["cosine"] == pytest.approx(oracle.cosine, rel=1e-2)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_first_update_moves_a_kernel_by_the_rate_times_its_norm(nesterov, rng, fused):
+    weights = [rng.normal(size=shape).astype("float32") for shape in KERNELS]
+    gradients = [1e-3 * rng.normal(size=shape).astype("float32") for shape in KERNELS]
+    optimizer = make_optimizer(nesterov=nesterov, fused=fused)
+    for before, after, g in zip(weights, step_once(optimizer, weights, gradients), gradients):
+        # beta is that of the look-ahead: the direction before is zero, the coming one is not.
+        expected = -0.05 * (1 + 0.9 * nesterov) * spectral(g, before)
+        np.testing.assert_allclose(after - before, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_kernels_of_zeros_move_and_gradients_of_zeros_do_nothing(fused):
+    weights = [np.zeros((4, 3), "float32"), np.ones((4, 3), "float32"), np.ones(3, "float32")]
+    gradients = [np.ones((4, 3), "float32"), np.zeros((4, 3), "float32"), np.zeros(3, "float32")]
+    moved, *others = step_once(make_optimizer(fused=fused), weights, gradients)
+    assert (moved < 0).all()
+    for before, after in zip(weights[1:], others):
+        np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_skipped(bad, rng, fused):
+    weights = [rng.normal(size=shape).astype("float32") for shape in KERNELS]
+    gradients = [rng.normal(size=shape).astype("float32") for shape in KERNELS]
+    gradients[1][2, 3] = bad
+    optimizer = make_optimizer(fused=fused)
+    for before, after in zip(weights, step_once(optimizer, weights, gradients)):
+        np.testing.assert_array_equal(after, before)
+    assert optimizer.diagnostics()["skipped_updates"] == 1
+    assert not any(np.any(v) for v in optimizer.slots["direction"])
+
+
+@pytest.mark.parametrize("rule", ["momentum", "fletcher_reeves"])
+def test_the_state_is_four_bytes_a_parameter(rule):
+    optimizer = NLCG(0.05, rule, "spectral")
+    optimizer.build([keras.Variable(np.zeros((100, 10), "float32"))])
+    assert sum(np.prod(v.shape) >= 100 for v in optimizer.variables) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_variables_are_computed_in_float32(dtype, rng):
+    weight, gradient = (rng.normal(size=(40, 5)).astype("float32") for _ in range(2))
+    variable = keras.Variable(weight, dtype=dtype)
+    make_optimizer().apply([tf.cast(gradient, dtype)], [variable])
+    expected = weight - 0.05 * 1.9 * spectral(gradient, weight)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32")), expected, atol=2e-2
+    )
+
+
+@pytest.mark.parametrize("length", [0, -1.0, np.inf, "long", True])
+def test_a_length_of_vectors_that_is_not_positive_is_refused(length):
+    with pytest.raises(ValueError, match=r"`vector_length`.*Received: vector_length="):
+        nlcg_tf.preconditioner.Spectral(length)
+
+
+class WholeKernels(nlcg_tf.preconditioner.Preconditioner):
+    """One of a user's own: rows of kernels are divided by a running mean of their squares."""
+
+    couples = "variable"
+    uses_weights = True
+
+    def initial_state(self, shape):
+        return {"rows": (shape[:1], 1.0)} if len(shape) > 1 else {}
+
+    def update(self, state, g, w, y, s, kappa):
+        rows = [
+            None if old is None else old / 2 + keras.ops.mean(g_i * g_i, axis=1) / 2
+            for old, g_i in zip(state["rows"], g)
+        ]
+        return {"rows": rows}, True
+
+    def apply(self, state, g, w, epsilon):
+        assert len(w) == len(g)
+        scaled = [
+            g_i if rows is None else g_i / rows[:, None] for rows, g_i in zip(state["rows"], g)
+        ]
+        return scaled, keras.ops.full((), 3.0)
+
+
+def test_a_state_of_another_shape_belongs_to_its_variable(fused):
+    """Also a skipped update leaves it alone."""
+    kernel, vector = keras.Variable(np.zeros((2, 3), "float32")), keras.Variable([0.0, 0.0])
+    optimizer = NLCG(1.0, "fletcher_reeves", WholeKernels(), nesterov=False, fused=fused)
+    gradients = [tf.constant([[1.0] * 3, [2.0] * 3]), tf.constant([1.0, 2.0])]
+    optimizer.apply(gradients, [kernel, vector])
+    np.testing.assert_allclose(kernel.numpy(), [[-1.0] * 3, [-0.8] * 3], rtol=1e-6)
+    np.testing.assert_allclose(vector.numpy(), [-1.0, -2.0], rtol=1e-6)
+    assert optimizer.slots["rows"][1] is None
+    optimizer.apply([gradients[0] * np.nan, gradients[1]], [kernel, vector])
+    np.testing.assert_allclose(optimizer.slots["rows"][0].numpy(), [1.0, 2.5])
+    assert optimizer.diagnostics()["preconditioner_mean"] == 3.0
+    assert optimizer.diagnostics()["skipped_updates"] == 1
+
+
+def test_a_state_that_elements_cannot_share_is_refused():
+    class Wrong(WholeKernels):
+        couples = "elements"
+
+    optimizer = NLCG(preconditioner=Wrong())
+    with pytest.raises(ValueError, match=r"couples elements.*'rows'.*Received: shape=\(2,\)"):
+        optimizer.build([keras.Variable(np.zeros((2, 3)))])
+
+
+@pytest.mark.parametrize("couples", ["rows", None])
+def test_a_coupling_that_there_is_not_is_refused(couples):
+    wrong = WholeKernels()
+    wrong.couples = couples
+    with pytest.raises(ValueError, match=r"`couples`.*Received.*couples="):
+        NLCG(preconditioner=wrong)
+
+
+def test_an_object_without_the_interface_is_refused():
+    class Old:
+        def initial_state(self):
+            return {}
+
+        update = apply = initial_state
+
+    with pytest.raises(ValueError, match=r"`preconditioner`.*a Preconditioner.*Received"):
+        NLCG(preconditioner=Old())
