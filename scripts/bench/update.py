@@ -35,6 +35,8 @@ FORMS = {
         4,
     ),
     "rms": ({"preconditioner": "rms"}, 6, 3),
+    # Of the op alone: the polar factors and their length are Keras' work, see scripts.bench.polar.
+    "spectral": ({"preconditioner": "spectral", "update_rule": "momentum", "nesterov": True}, 6, 2),
     "rms, blended, nesterov": (
         {"preconditioner": "rms", "update_rule": "blended", "nesterov": True},
         8,

@@ -58,6 +58,19 @@ def test_the_factor_scales_the_peak(schedule):
         schedule(1024, 90, 10, factor=0)
 
 
+@pytest.mark.parametrize("schedule", [CifarSchedule, ImageNetSchedule])
+def test_a_peak_of_ones_own_hangs_on_no_batch(schedule):
+    """In all else the schedule is the paper's."""
+    plain, own = schedule(256, 90, 10), schedule(256, 90, 10, peak=0.03)
+    assert own.peak == 0.03 and schedule(8192, 90, 10, peak=0.03).peak == 0.03
+    constant = rates(own, range(450, 460)) / rates(plain, range(450, 460))
+    np.testing.assert_allclose(constant, constant[0], rtol=1e-5)
+    assert schedule.from_config(own.get_config()).peak == 0.03
+    for arguments in ({"peak": 0.0}, {"peak": "high"}, {"peak": 0.03, "factor": 2.0}):
+        with pytest.raises(ValueError, match=f"peak={arguments['peak']!r}"):
+            schedule(1024, 90, 10, **arguments)
+
+
 @pytest.mark.parametrize("batch", [512, 8192, 16384, 32768, 65536, 98304])
 @pytest.mark.parametrize("epochs", [200, 500])
 def test_cifar(batch, epochs):

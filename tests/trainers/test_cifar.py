@@ -46,6 +46,11 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path):
         "/dev/null/run": ["--output_dir=/dev/null/run"],
         "flag --checkpoint_steps=0": ["--checkpoint_steps=0"],
         "flag --epochs=0": ["--epochs=0"],
+        "--image_size=5 does not divide the 8 pixels": ["--image_size=5"],
+        "--peak_learning_rate replaces the rate": [
+            "--peak_learning_rate=0.03",
+            "--learning_rate_factor=2",
+        ],
         "--optimizer=lion": ["--optimizer=lion"],
         "colour": ["--colour=red"],
         "unknown arguments: digits": ["digits"],

@@ -81,6 +81,16 @@ def test_digits_are_split_once_and_for_all(digits):
     assert not any(image.tobytes() in seen for image in digits.test[0])
 
 
+def test_reduced_images_are_means_of_blocks(digits):
+    found = memory.reduced(digits, 4)
+    assert found.train[0].shape == (1437, 4, 4, 1) and found.padding == 1
+    image = digits.test[0][5].astype(float)
+    for i, j in np.ndindex(4, 4):
+        mean = image[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean()
+        assert abs(found.test[0][5, i, j, 0] - mean) <= 0.5
+    assert found.test[1] is digits.test[1] and not found.flip
+
+
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason="CIFAR-100 is not there")
 def test_cifar100_is_loaded_whole():
     cifar = memory.DATA_SETS["cifar100"].load(str(CIFAR100), False)

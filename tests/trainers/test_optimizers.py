@@ -8,6 +8,7 @@ import tensorflow as tf
 from trainers.optimizers.choice import make_optimizer, trained
 from trainers.optimizers.lars import LARS
 from trainers.optimizers.momentum import Momentum
+from trainers.optimizers.muon import Muon
 
 
 def test_rmsprop_and_nesterov_have_the_papers_settings():
@@ -70,3 +71,35 @@ def test_momentum_has_the_rate_outside_of_its_velocity(nesterov):
     assert again.get_config() == optimizer.get_config()
     with pytest.raises(ValueError, match=r"momentum=-0\.1"):
         Momentum(momentum=-0.1)
+
+
+@pytest.mark.parametrize("length", ["shape", "norm"])
+def test_muon_takes_a_convolution_for_a_matrix(length):
+    """Against an exact decomposition in float64 NumPy; vectors are Adam's."""
+    generator = np.random.default_rng(0)
+    kernel, bias = generator.normal(size=(3, 3, 4, 8)), generator.normal(size=5)
+    variables = [keras.Variable(x, dtype="float32") for x in (kernel, bias)]
+    optimizer, adam = (
+        Muon(0.1, momentum=0.8, length=length),
+        keras.optimizers.Adam(0.1, epsilon=1e-8),
+    )
+    expected_bias, velocity = keras.Variable(bias, dtype="float32"), 0.0
+    for _ in range(5):
+        gradients = [generator.normal(size=x.shape) for x in (kernel, bias)]
+        optimizer.apply([tf.constant(g, tf.float32) for g in gradients], variables)
+        adam.apply([tf.constant(gradients[1], tf.float32)], [expected_bias])
+        velocity = 0.8 * velocity + gradients[0]
+        matrix = (gradients[0] + 0.8 * velocity).reshape(36, 8)
+        u, _, v = np.linalg.svd(matrix, full_matrices=False)
+        step = u @ v
+        norm = np.linalg.norm(kernel) / np.linalg.norm(step)
+        step *= 0.2 * 6 if length == "shape" else norm
+        kernel = kernel - 0.1 * step.reshape(kernel.shape)
+    np.testing.assert_allclose(variables[0].numpy(), kernel, atol=5e-3)
+    np.testing.assert_allclose(variables[1].numpy(), expected_bias.numpy(), rtol=1e-5)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert again.get_config() == optimizer.get_config()
+    for arguments in ({"momentum": 1}, {"length": "unit"}):
+        (name, value), *_ = arguments.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            Muon(**arguments)
