@@ -59,6 +59,7 @@ def shared_by(share):
 
 def matrix_shape(shape):
     """A kernel as a matrix: its rows are all dimensions but the last. A vector is a row."""
+    shape = tuple(shape)
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
