@@ -134,9 +134,20 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         self._count_without_slots = len(self.variables)
 
     def build(self, var_list: Sequence[Any]) -> None:
-        """Creates the slots, tensors of the shape of each variable, and scalars."""
+        """Creates the slots and scalars.
+
+        Raises:
+            ValueError: for a variable of integers or complex numbers, by name, and for a state of
+                the preconditioner that does not fit.
+        """
         if self.built:
             return
+        for v in var_list:
+            if "float" not in keras.backend.standardize_dtype(v.dtype):
+                raise ValueError(
+                    "NLCG updates variables of floating-point numbers. Received: variable "
+                    f"'{getattr(v, 'path', v.name)}' of dtype {v.dtype}"
+                )
         super().build(var_list)
         self.compute_dtype = keras.backend.result_type(
             *{keras.backend.standardize_dtype(v.dtype) for v in var_list}, "float32"

@@ -65,6 +65,8 @@ for steps, form in [*itertools.product((None, 2), forms[:3]), (2, forms[3])]:
 schedule = keras.optimizers.schedules.CosineDecay(0.05, 8)
 for optimizer in [
     nlcg_tf.NLCG(schedule, weight_decay=0.01, global_clipnorm=1.0, loss_scale_factor=8.0),
+    nlcg_tf.NLCG(0.01, "momentum", "spectral", weight_decay=0.01),
+    nlcg_tf.NLCG(0.01, "fletcher_reeves", "spectral", line_search="online"),
     nlcg_tf.NLCG(lars_coefficient=0.01, line_search="step", clipvalue=0.5),
     keras.optimizers.LossScaleOptimizer(nlcg_tf.NLCG(clipnorm=1.0)),
 ]:

@@ -7,8 +7,15 @@ import tensorflow as tf
 
 import nlcg_tf
 from nlcg_tf import NLCG
+from tests.support.fitting import BATCH, UPDATES, weights_of
 from tests.support.oracle import Oracle
-from tests.support.problems import SHAPES, flat, relative_difference
+from tests.support.problems import (
+    SHAPES,
+    flat,
+    regression_data,
+    regression_model,
+    relative_difference,
+)
 
 KERNELS = [(3, 3, 2, 8), (6, 10), (40, 5), (1, 7), (5,), ()]
 
@@ -128,6 +135,37 @@ def test_sixteen_bit_variables_are_computed_in_float32(dtype, rng):
     )
 
 
+def fit(strategy=None, steps=None, **compile_arguments):
+    """The weights after 8 updates of 16 examples."""
+    x, y = regression_data()
+    fused = compile_arguments.pop("fused", "auto")
+    with (strategy or tf.distribute.get_strategy()).scope():
+        model = regression_model()
+        optimizer = make_optimizer(gradient_accumulation_steps=steps, fused=fused)
+        model.compile(optimizer=optimizer, loss="mse", **compile_arguments)
+    batch = BATCH // (steps or 1)
+    model.fit(x, y, batch_size=batch, epochs=UPDATES * BATCH // len(x), shuffle=False, verbose=0)
+    assert optimizer.diagnostics()["updates"] == UPDATES
+    return weights_of(model)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"jit_compile": True},
+        {"run_eagerly": True},
+        {"jit_compile": False, "fused": False},
+        {"jit_compile": False, "steps": 4},
+        {"jit_compile": False, "strategy": tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])},
+    ],
+    ids=["XLA", "eager", "composed", "accumulation", "MirroredStrategy"],
+)
+def test_every_way_to_train_gives_the_same_weights(arguments):
+    expected = fit(jit_compile=False)
+    np.testing.assert_array_equal(fit(jit_compile=False), expected)
+    assert relative_difference(fit(**arguments), expected) < 1e-4
+
+
 @pytest.mark.parametrize("length", [0, -1.0, np.inf, "long", True])
 def test_a_length_of_vectors_that_is_not_positive_is_refused(length):
     with pytest.raises(ValueError, match=r"`vector_length`.*Received: vector_length="):
@@ -199,3 +237,10 @@ def test_an_object_without_the_interface_is_refused():
 
     with pytest.raises(ValueError, match=r"`preconditioner`.*a Preconditioner.*Received"):
         NLCG(preconditioner=Old())
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64"])
+def test_variables_that_are_no_floating_point_numbers_are_refused(dtype):
+    variable = keras.Variable(np.zeros((2, 3)), dtype=dtype, name="odd")
+    with pytest.raises(ValueError, match=rf"'odd' of dtype {dtype}"):
+        make_optimizer().build([variable])
