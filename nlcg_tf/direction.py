@@ -1,5 +1,7 @@
 """The conjugate direction's beta (Adya, Palakkode & Tuzel 2018, Algorithm 1), and a third rule.
 
+The fourth, `"momentum"`, is a constant.
+
 delta_new is r^T z, the new residual r = -g times its preconditioned self z; delta is that number of
 the update before; delta_mid is the new residual times the old preconditioned one.
 """

@@ -46,13 +46,19 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
         beta = clip(delta_new / delta, 0, 1)                   "fletcher_reeves"
         beta = clip((delta_new + z_prev^T g) / delta, 0, 1)    "polak_ribiere"
+        beta = momentum                                        "momentum"
         w = w + learning_rate learning_rate_scale d            see `nlcg_tf.line_search`
 
-    Those two rules look at no loss: kappa is 0, and a look-ahead is a whole one.
+    Those three rules ignore the loss: kappa is 0, and the look-ahead is applied in full.
+
+    For networks with batch norm, above all with large batches, take `update_rule="momentum"` with
+    `preconditioner="spectral"`: each step turns a kernel along the polar factor of its gradient,
+    and its learning rate is a fraction of the kernel's norm.
 
     State: slots of the shape of each variable, 4 bytes a float32 parameter each: d; the
-    preconditioner's; and the gradient before, unless the rule is Fletcher-Reeves and the
-    preconditioner `"rms"` or `None`. And some scalars.
+    preconditioner's; the gradient before, where the rule or the preconditioner looks at it; and
+    with `"spectral"` under `"polak_ribiere"`, or `"blended"` with a look-ahead, P g of the update
+    before. And some scalars.
 
     >>> model.compile(optimizer=nlcg_tf.NLCG(learning_rate=0.1), loss="mse")
 
@@ -70,21 +76,23 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
     Args:
         learning_rate: float, a `LearningRateSchedule` (a step is an update), or a callable.
-        update_rule: `"blended"`, `"fletcher_reeves"` or `"polak_ribiere"`.
-        preconditioner: `"normalized_bfgs"`, `"bfgs"` (the paper's), `"rms"`, `None` (P g = g), or
-            an object of `nlcg_tf.preconditioner` with settings of your own.
+        update_rule: `"blended"`, `"momentum"`, `"fletcher_reeves"` or `"polak_ribiere"`.
+        preconditioner: `"normalized_bfgs"`, `"spectral"`, `"bfgs"` (the paper's), `"rms"`, `None`
+            (P g = g), or a `nlcg_tf.preconditioner.Preconditioner` with settings of your own.
         line_search: `None`, `"online"` (the paper's), `"step"` (the released code's default), or
             an object of `nlcg_tf.line_search` with thresholds of your own.
         nesterov: bool. Whether the step looks ahead along the coming direction, as Keras'
             `SGD(nesterov=True)`.
-        momentum: float in [0, 1), beta of gradients that are nothing but noise; for `"blended"`.
+        momentum: float in [0, 1): beta for `"momentum"`, and for `"blended"` that of gradients that
+            are nothing but noise.
         epsilon: float, at least 1e-37; added to what gradients are divided by.
         lars_coefficient: float > 0 or `None`. If set, the step of each variable v is scaled by
             lars_coefficient * ||v|| / (||d_v|| + epsilon) (You et al. 2017), and by 1 where v is
             all zero, which would never leave zero otherwise.
         fused: `"auto"`: the fused op where it can be used, the update composed of Keras operations
             elsewhere (other backends, XLA, `tf.distribute` strategies, types other than float32 and
-            float64, objects of your own, an op that is not built); `True`: raise where it cannot;
+            float64, a line search of your own, an op that is not built, and, with the rules
+            `"blended"` and `"polak_ribiere"`, `"spectral"` and preconditioners of your own); `True`: raise where it cannot;
             `False`: composed. The logger "nlcg_tf" says at level DEBUG which path runs.
         name: string.
         **kwargs: every other argument of `keras.optimizers.Optimizer`, with its meaning.

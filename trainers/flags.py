@@ -70,7 +70,7 @@ flags.DEFINE_enum(
     "auto",
     ["auto", "online", "step", "none"],
     "NLCG: line search. auto is the paper's choice for the data set and batch, and none with "
-    "--update_rule=blended.",
+    "--update_rule=blended and momentum.",
 )
 flags.DEFINE_float(
     decides("lars_coefficient"),
