@@ -93,7 +93,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             elsewhere (other backends, XLA, `tf.distribute` strategies, types other than float32 and
             float64, a line search of your own, an op that is not built, and, with the rules
             `"blended"` and `"polak_ribiere"`, `"spectral"` and preconditioners of your own);
-            `True`: raise where it cannot; `False`: composed. The logger "nlcg_tf" says at level DEBUG which path runs.
+            `True`: raise where it cannot; `False`: composed. The logger "nlcg_tf" says at level
+            DEBUG which path runs.
         name: string.
         **kwargs: every other argument of `keras.optimizers.Optimizer`, with its meaning.
 
