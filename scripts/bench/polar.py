@@ -61,6 +61,9 @@ def main():
     parser.add_argument("--json", help="file for all figures")
     arguments = parser.parse_args()
     cluster = connect()
+    if cluster.size() > 1:
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
     model = keras.applications.ResNet50(weights=None)
     kernels = [v.shape for v in model.trainable_variables if len(v.shape) > 1]
     shapes = [matrix_shape(shape) for shape in kernels]
