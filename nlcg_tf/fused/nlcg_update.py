@@ -118,7 +118,7 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     if module is None:
         _warn_once(reason)
         return reason
-    slots = [v.value for name in SLOTS for v in optimizer.slots.get(name, ())]
+    slots = [v.value for v in _slots_of_the_op(optimizer, optimizer.slots)]
     devices = {v.device for v in [*weights, *slots, optimizer.reals.value, optimizer.counts.value]}
     if len(devices) > 1:
         return f"its variables lie on several devices: {', '.join(sorted(map(str, devices)))}"
@@ -146,7 +146,7 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     known = type(optimizer.preconditioner) in PRECONDITIONERS
     if not known:
         preconditioned, state, mean = _precondition(optimizer, gradients, variables)
-    slots = [v.handle for name in SLOTS for v in variables["slots"].get(name, [])]
+    slots = [v.handle for v in _slots_of_the_op(optimizer, variables["slots"])]
     module, _ = _load()
     with tf.init_scope():  # the handles are constants of a graph, packed once
         packed = module.nlcg_pack_handles(slots)
@@ -182,6 +182,12 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     if not known:
         _set_real(variables, "preconditioner_mean", mean)
         _assign_state(variables, state)
+
+
+def _slots_of_the_op(optimizer, slots):
+    """In the op's order; a state that Keras updates is not among them, whatever its name."""
+    known = type(optimizer.preconditioner) in PRECONDITIONERS
+    return [v for name in (SLOTS if known else OWN_SLOTS) for v in slots.get(name, [])]
 
 
 def _precondition(optimizer, gradients, variables):

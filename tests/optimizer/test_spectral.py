@@ -211,6 +211,26 @@ def test_a_state_of_another_shape_belongs_to_its_variable(fused):
     assert optimizer.diagnostics()["skipped_updates"] == 1
 
 
+class Halved(nlcg_tf.preconditioner.RMS):
+    """One whose state has the name of a slot of the op."""
+
+    def apply(self, state, g, w, epsilon):
+        preconditioned, mean = super().apply(state, g, w, epsilon)
+        return [x / 2 for x in preconditioned], mean
+
+
+def test_a_state_may_have_the_name_of_a_slot_of_the_op(rng, fused):
+    weights, gradients = draw(rng), draw(rng)
+    ends = []
+    for preconditioner, rate, path in (("rms", 0.1, False), (Halved(), 0.2, fused)):
+        optimizer = NLCG(rate, "momentum", preconditioner, fused=path)
+        variables = [keras.Variable(w) for w in weights]
+        for _ in range(3):
+            optimizer.apply([tf.constant(g) for g in gradients], variables)
+        ends.append(flat(variables))
+    assert relative_difference(*ends) < 1e-5
+
+
 def test_a_state_that_elements_cannot_share_is_refused():
     class Wrong(WholeKernels):
         couples = "elements"
