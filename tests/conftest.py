@@ -23,6 +23,15 @@ def reset_keras():
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.fixture(scope="session")
+def mirrored():
+    """The one of this process: TensorFlow numbers the collectives of each from the same value on.
+
+    A second one fails where its first collective has another shape than that of the first one.
+    """
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

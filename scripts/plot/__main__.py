@@ -36,7 +36,7 @@ def read_curves(runs):
     runs = runs[runs["status"].isin(["finished", "diverged"])].dropna(subset=run_folders.POINT)
     if runs.empty:
         return {}
-    runs, _ = tables.with_common_factor(runs)
+    runs, _ = tables.with_common_rate(runs)
     runs = runs[runs["epochs"] == runs["epochs"].mode()[0]].astype({"global_batch_size": int})
     curves = {}
     for _, run in runs.sort_values("seed", kind="stable").iterrows():
@@ -74,10 +74,10 @@ def draw_runs(folders, out):
     (out / "table.md").write_text(text)
     print(text)
     look = styles(list(runs["optimizer"].unique()))
-    common, factor = tables.with_common_factor(runs)
+    common, rate = tables.with_common_rate(runs)
     common = tables.summarise(common)
     if common["top1"].notna().any():
-        title = tables.factor_title(factor)
+        title = tables.rate_title(rate)
         figures.draw_accuracy_batch(common, look, out, "accuracy_batch", title)
         figures.draw_accuracy_epochs(common, look, out)
     if tables.has_search(runs):

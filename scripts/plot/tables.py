@@ -1,13 +1,13 @@
 """The tables of `scripts.plot`: mean and deviation over seeds, and the best learning rates."""
 
-import math
-
 import pandas as pd
 
 from scripts.shared.runs import POINT, STATUSES
 
+PAPER = "factor 1"  # the rate of the paper's schedule
 
-def summarise(runs, keys=(*POINT, "learning_rate_factor")):
+
+def summarise(runs, keys=(*POINT, "rate")):
     """Mean and sample standard deviation over the finished seeds, and how many runs ended how."""
     keys = list(keys)
     # Runs that never began may not tell their settings.
@@ -26,39 +26,39 @@ def count_once(runs):
 
     Of runs that failed for a setting that is no number none is known to repeat another.
     """
-    keys = [*POINT, "learning_rate_factor", "seed"]
+    keys = [*POINT, "rate", "seed"]
     order = runs["status"].map(STATUSES.index).sort_values(kind="stable").index
     repeated = runs.loc[order].duplicated(subset=keys) & runs[keys].notna().all(axis=1)
     return runs[~repeated]
 
 
-def with_common_factor(runs):
-    """The runs at one factor on the learning rate, 1 or else the most frequent, and that factor."""
-    factors = runs["learning_rate_factor"]
-    factor = 1.0 if factors.eq(1).any() or factors.isna().all() else factors.mode()[0]
-    return runs[factors == factor], factor
+def with_common_rate(runs):
+    """The runs at one rate, the paper's or else the most frequent, and that rate."""
+    rates = runs["rate"]
+    rate = PAPER if rates.eq(PAPER).any() or rates.isna().all() else rates.mode()[0]
+    return runs[rates == rate], rate
 
 
 def has_search(runs):
-    """Whether runs differ in the factor on the learning rate."""
-    return runs.dropna(subset=POINT)["learning_rate_factor"].nunique() > 1
+    """Whether runs differ in the learning rate."""
+    return runs.dropna(subset=POINT)["rate"].nunique() > 1
 
 
 def tuned(runs):
-    """`summarise` at the best factor of each optimizer, batch size and length.
+    """`summarise` at the best rate of each optimizer, batch size and length.
 
-    Best is the highest mean top-1 over the seeds, of the factors that as many of them finished with
-    as with any. Where no run finished there is no factor, and all are counted.
+    Best is the highest mean top-1 over the seeds, of the rates that as many of them finished with
+    as with any. Where no run finished there is no rate, and all are counted.
     """
     lines = []
     for _, group in runs.groupby(POINT, sort=False):
-        finished = group[group["status"] == "finished"].groupby("learning_rate_factor")["top1"]
+        finished = group[group["status"] == "finished"].groupby("rate")["top1"]
         means, counts = finished.mean(), finished.count()
-        factor, chosen = math.nan, group
+        rate, chosen = None, group
         if len(counts):
-            factor = means[counts == counts.max()].idxmax()
-            chosen = group[group["learning_rate_factor"] == factor]
-        lines.append(summarise(chosen, POINT).assign(learning_rate_factor=factor))
+            rate = means[counts == counts.max()].idxmax()
+            chosen = group[group["rate"] == rate]
+        lines.append(summarise(chosen, POINT).assign(rate=rate))
     return pd.concat(lines, ignore_index=True)
 
 
@@ -71,19 +71,18 @@ def table(runs):
         "mean.",
         "",
     ]
-    common, factor = with_common_factor(runs)
+    common, rate = with_common_rate(runs)
     common = summarise(common)
     for epochs in sorted(common["epochs"].unique()):
-        title = f"{epochs} epochs, {factor_title(factor)}"
+        title = f"{epochs} epochs, {rate_title(rate)}"
         lines += _tables(common[common["epochs"] == epochs], title)
     if has_search(runs):
         best = tuned(runs)
-        factors = ", ".join(
-            f"{f:g}" for f in sorted(runs["learning_rate_factor"].dropna().unique())
-        )
+        rates = ", ".join(sorted(runs["rate"].dropna().unique(), key=_in_order))
         lines += [
-            "The factor on the learning rate is the one with the highest mean top-1, on the test "
-            f"images, of those that the most seeds finished with. Factors: {factors}.",
+            "The learning rate, a factor on the schedule's or its peak, is the one with the "
+            "highest mean top-1, on the test images, of those that the most seeds finished with. "
+            f"Rates: {rates}.",
             "",
         ]
         for epochs in sorted(best["epochs"].unique()):
@@ -100,11 +99,16 @@ def table(runs):
     return "\n".join(lines)
 
 
-def factor_title(factor):
-    return "one schedule for all" + (f", its rate times {factor:g}" if factor != 1 else "")
+def rate_title(rate):
+    return "one schedule for all" + (f", {rate}" if rate != PAPER else "")
 
 
-def _tables(summary, title, with_factor=False):
+def _in_order(rate):
+    kind, number = rate.split()
+    return kind, float(number)
+
+
+def _tables(summary, title, with_rate_named=False):
     lines = []
     for column, what in (("top1", "weights"), ("averaged_top1", "averaged weights")):
         names = list(summary["optimizer"].unique())
@@ -114,7 +118,7 @@ def _tables(summary, title, with_factor=False):
         for batch in sorted(summary["global_batch_size"].unique()):
             row = summary[summary["global_batch_size"] == batch].set_index("optimizer")
             cells = [
-                _cell(row.loc[name], column, with_factor) if name in row.index else ""
+                _cell(row.loc[name], column, with_rate_named) if name in row.index else ""
                 for name in names
             ]
             lines.append(f"| {batch:,} | {' | '.join(cells)} |")
@@ -122,12 +126,12 @@ def _tables(summary, title, with_factor=False):
     return lines
 
 
-def _cell(line, column, with_factor):
+def _cell(line, column, with_rate_named):
     parts = ["no result"]
     if line["finished"]:
         spread = line[f"{column}_std"]
         spread = "" if pd.isna(spread) else f" ± {100 * spread:.1f}"
         parts = [f"{100 * line[column]:.1f}{spread} (n = {line['finished']:.0f})"]
-        if with_factor:
-            parts.append(f"factor {line['learning_rate_factor']:g}")
+        if with_rate_named:
+            parts.append(line["rate"])
     return ", ".join(parts + [f"{line[s]:.0f} {s}" for s in STATUSES[1:] if line[s]])

@@ -25,7 +25,8 @@ SWEEP_FILE = "sweep.json"
 FAILED_FILE = "failed.json"
 STATUSES = ("finished", "diverged", "failed", "unfinished")
 # Flags that are the axes of a comparison, and how they stand in a run's name.
-AXES = {"global_batch_size": "", "epochs": "e", "learning_rate_factor": "f", "seed": "s"}
+AXES = {"global_batch_size": "", "epochs": "e", "learning_rate_factor": "f"}
+AXES |= {"peak_learning_rate": "p", "seed": "s"}
 SETTINGS = list(AXES)
 FIGURES = ["top1", "top5", "averaged_top1", "averaged_top5", "train_top1", "loss", "test_loss"]
 FIGURES += ["updates", "seconds", "images_per_second", "workers", "peak_memory_bytes"]
@@ -55,7 +56,8 @@ def read_runs(places):
 
     Returns:
         DataFrame, one line a run: its folder, optimizer (with the flags in which runs of the same
-        optimizer differ otherwise), status, settings and the figures of its summary.
+        optimizer differ otherwise), status, settings and the figures of its summary. Its
+        `rate` is "factor 4", on the schedule's, or the schedule's peak, "peak 0.03".
 
     Raises:
         ValueError: if a folder is not there, a file not of runs, or none holds a run.
@@ -66,6 +68,11 @@ def read_runs(places):
     if folders:
         tables.append(_read_folders(folders))
     runs = pd.concat(tables, ignore_index=True)
+    factor, peak = (
+        runs[name].map(f"{word} {{:g}}".format, na_action="ignore")
+        for name, word in (("learning_rate_factor", "factor"), ("peak_learning_rate", "peak"))
+    )
+    runs["rate"] = peak.where(peak.notna(), factor)
     runs["order"] = runs["optimizer"].map(_order)
     runs = runs.sort_values(["order", *POINT, *SETTINGS[2:]], ignore_index=True)
     return runs.drop(columns="order")
@@ -76,6 +83,7 @@ def _read_csv(file):
         runs = pd.read_csv(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    runs = runs if "peak_learning_rate" in runs else runs.assign(peak_learning_rate=math.nan)
     if missing := {"run", "status", *POINT, *SETTINGS, *FIGURES} - set(runs):
         raise ValueError(f"{file} is not of runs: it has no column {', '.join(sorted(missing))}")
     return runs
@@ -163,12 +171,13 @@ def _flags(run, definition):
 
 def _record(run, name, flags):
     summary, described = read_json(run / SUMMARY), read_json(run / FLAGS)
+    peak = flags.get("peak_learning_rate")
     here = pathlib.Path.cwd()
     return {
         "run": run.name,
         "optimizer": name,
         **{key: flags.get(key) for key in SETTINGS},
-        "learning_rate_factor": flags.get("learning_rate_factor", 1.0),
+        "learning_rate_factor": None if peak else flags.get("learning_rate_factor", 1.0),
         "seed": flags.get("seed", 0),
         "status": status(run),
         "exit_status": read_json(run / FAILED_FILE).get("exit_status"),

@@ -2,7 +2,6 @@
 
 import pathlib
 import sys
-import time
 
 import pytest
 
@@ -22,9 +21,7 @@ SCRIPT = pathlib.Path(__file__).with_name("failing.py")
     ],
 )
 def test_a_worker_that_fails_or_hangs(how, who, status, message):
-    began = time.monotonic()
     # Half a minute in real use.
     result = horovodrun(sys.executable, SCRIPT, how, who, HOROVOD_GLOO_TIMEOUT_SECONDS="5")
     assert result.returncode == status
     assert message in result.stderr, result.stderr[-4000:]
-    assert time.monotonic() - began < 60

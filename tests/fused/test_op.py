@@ -109,7 +109,7 @@ def path_of(caplog, train):
     return messages.pop()
 
 
-def test_each_situation_takes_its_path(fused_library, caplog):
+def test_each_situation_takes_its_path(fused_library, mirrored, caplog):
     x, y = regression_data()
 
     def fit(dtype=None, strategy=None, line_search="online", **arguments):
@@ -130,8 +130,7 @@ def test_each_situation_takes_its_path(fused_library, caplog):
     assert "XLA" in fit(jit_compile=True)
     assert "bfloat16" in fit(dtype="bfloat16")
     assert "line search" in fit(line_search=Mine())
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    assert "strategy" in fit(strategy=strategy)
+    assert "strategy" in fit(strategy=mirrored)
 
 
 def test_fused_true_raises_where_it_cannot_be_met(fused_library):

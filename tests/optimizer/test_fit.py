@@ -193,13 +193,12 @@ def test_a_loss_serves_one_update(fused_library):
 
 
 @pytest.mark.parametrize("form", FORMS[1:3], ids=FORM_IDS[1:3])
-def test_mirrored_strategy_equals_one_replica(form):
+def test_mirrored_strategy_equals_one_replica(form, mirrored):
     x, y = regression_data()
     reference_model = regression_model()
     optimizer = paper_nlcg(0.05, **form, weight_decay=0.02)
     oracle = follow(reference_model, optimizer, x, y, weight_decay=0.02)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+    with mirrored.scope():
         model = regression_model()
         optimizer = paper_nlcg(0.05, **form, weight_decay=0.02)
         model.compile(optimizer=optimizer, loss="mse")
@@ -207,7 +206,7 @@ def test_mirrored_strategy_equals_one_replica(form):
     assert relative_difference(weights_of(model), oracle.w) < 1e-5
     assert optimizer.diagnostics()["learning_rate_scale"] == pytest.approx(oracle.scale)
     for variable in [*model.trainable_variables, *optimizer.slots["direction"]]:
-        first, second = strategy.experimental_local_results(variable.value)
+        first, second = mirrored.experimental_local_results(variable.value)
         np.testing.assert_array_equal(first.numpy(), second.numpy())
 
 

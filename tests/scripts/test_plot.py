@@ -38,11 +38,12 @@ def make_run(folder, name, top1, averaged=None, loss=0.5, optimizer="momentum", 
 
 @pytest.fixture
 def run_folders(tmp_path):
-    """Momentum: two seeds and a search in which 4 is best; NLCG: one seed and one diverged."""
+    """Momentum: two seeds and a search in which factor 4 is best; NLCG: one seed and one diverged."""
     for seed, top1 in enumerate((0.5, 0.7)):
         make_run(tmp_path, f"m-{seed}", top1, 0.8, seed=seed)
     for seed, top1 in enumerate((0.9, 0.6, 0.6)):
         make_run(tmp_path, f"m-4-{seed}", top1, seed=seed, learning_rate_factor=4.0)
+    make_run(tmp_path, "m-peak", 0.3, learning_rate_factor=1.0, peak_learning_rate=0.03)
     half = make_run(tmp_path, "m-0.25", None, learning_rate_factor=0.25)
     (half / "summary.json").write_text('{"top1": 0.')  # killed, or read meanwhile
     make_run(tmp_path, "n", 0.75, optimizer="nlcg", update_rule="polak_ribiere")
@@ -60,7 +61,7 @@ def test_tables_of_hand_made_runs(run_folders):
         "| 128 | 75.0 (n = 1), 1 diverged | 60.0 ± 14.1 (n = 2) |  |",
         "| 2,048 |  |  | no result, 1 diverged |",
         "| 128 | 75.0 (n = 1), 1 diverged | 80.0 ± 0.0 (n = 2) |  |",
-        "Factors: 0.25, 1, 4.",
+        "Rates: factor 0.25, factor 1, factor 4, peak 0.03.",
         "| 128 | 75.0 (n = 1), factor 1, 1 diverged | 70.0 ± 17.3 (n = 3), factor 4 |  |",
         "| n-1 | diverged |  |",
         "| m-0.25 | unfinished |  |",
@@ -90,7 +91,7 @@ def test_what_two_sweeps_share_counts_once(tmp_path):
     runs = tables.count_once(run_reader.read_runs([tmp_path]))
     text = tables.table(runs)
     # Without a run at the schedule's own rate there is a table, too.
-    assert "## 10 epochs, one schedule for all, its rate times 0.5: weights" in text
+    assert "## 10 epochs, one schedule for all, factor 0.5: weights" in text
     assert "| global batch | Momentum |" in text and "| 128 | 60.0 ± 14.1 (n = 2) |" in text
     assert "unfinished" not in text
     # Whatever was wrong with them, failed runs are not dropped.
@@ -160,7 +161,7 @@ def test_figures_are_written(run_folders, tmp_path):
     expected |= {"loss_seconds", "learning_rate", "diagnostics"}
     for suffix in ("png", "svg"):
         assert {file.stem for file in out.glob(f"*.{suffix}")} == expected
-    assert len(pd.read_csv(out / "runs.csv")) == 12
+    assert len(pd.read_csv(out / "runs.csv")) == 13
     # One batch size, several lengths: no figure against the batch size.
     for name in ("large", "deep"):
         shutil.rmtree(run_folders / name)
