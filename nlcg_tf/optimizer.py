@@ -51,9 +51,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
     Those three rules ignore the loss: kappa is 0, and the look-ahead is applied in full.
 
-    For networks with batch norm, above all with large batches, take `update_rule="momentum"` with
-    `preconditioner="spectral"`: each step turns a kernel along the polar factor of its gradient,
-    and its learning rate is a fraction of the kernel's norm.
+    For networks with batch norm take `preconditioner="spectral"`: each step moves a kernel along
+    the polar factor of its gradient, and the learning rate is a fraction of the kernel's norm.
 
     State: slots of the shape of each variable, 4 bytes a float32 parameter each: d; the
     preconditioner's; the gradient before, where the rule or the preconditioner looks at it; and
@@ -76,9 +75,10 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
     Args:
         learning_rate: float, a `LearningRateSchedule` (a step is an update), or a callable.
-        update_rule: `"blended"`, `"momentum"`, `"fletcher_reeves"` or `"polak_ribiere"`.
-        preconditioner: `"normalized_bfgs"`, `"spectral"`, `"bfgs"` (the paper's), `"rms"`, `None`
-            (P g = g), or a `nlcg_tf.preconditioner.Preconditioner` with settings of your own.
+        update_rule: `"blended"`, `"momentum"`, `"fletcher_reeves"` or `"polak_ribiere"`; by default
+            `"momentum"` with `preconditioner="spectral"`, otherwise `"blended"`.
+        preconditioner: `"normalized_bfgs"`, `"spectral"`, `"bfgs"` (the paper's), `None` (P g = g),
+            or a `nlcg_tf.preconditioner.Preconditioner` with settings of your own.
         line_search: `None`, `"online"` (the paper's), `"step"` (the released code's default), or
             an object of `nlcg_tf.line_search` with thresholds of your own.
         nesterov: bool. Whether the step looks ahead along the coming direction, as Keras'
@@ -107,7 +107,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
     def __init__(
         self,
         learning_rate: float | LearningRateSchedule | Callable[[], float] = 0.1,
-        update_rule: str = "blended",
+        update_rule: str | None = None,
         preconditioner: Any = "normalized_bfgs",
         line_search: Any = None,
         nesterov: bool = True,
@@ -118,7 +118,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         name: str = "nlcg",
         **kwargs: Any,
     ) -> None:
-        check_choice("update_rule", update_rule, list(direction.RULES))
+        check_choice("update_rule", update_rule, [None, *direction.RULES])
         check_choice("nesterov", nesterov, [True, False])
         check_choice("fused", fused, ["auto", True, False])
         check_number("momentum", momentum, 0, 1 - 1e-9)
@@ -131,15 +131,16 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         if kwargs.get("weight_decay"):
             check_number("weight_decay", kwargs["weight_decay"], 0, 1e30)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
-        self.update_rule = update_rule
         self.preconditioner = preconditioners.get(preconditioner)
+        is_spectral = isinstance(self.preconditioner, preconditioners.Spectral)
+        self.update_rule = update_rule or ("momentum" if is_spectral else "blended")
         self.line_search = line_searches.get(line_search)
         self.nesterov = nesterov
         self.momentum = momentum
         self.epsilon = epsilon
         self.lars_coefficient = lars_coefficient
         self.fused = fused
-        self._watch_loss(self.line_search is not None or update_rule == "blended")
+        self._watch_loss(self.line_search is not None or self.update_rule == "blended")
         self._count_without_slots = len(self.variables)
 
     def build(self, var_list: Sequence[Any]) -> None:
@@ -302,9 +303,9 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             factor of the gradients' length); "learning_rate_scale" (1 without a line search);
             "curvature" (y^T s, with BFGS); "cosine" of the angle between the step and the negative
             gradient; "kappa" (with `"blended"`); "preconditioner_mean" (the harmonic mean of h with
-            BFGS, which should stay within some powers of ten; ||g|| / ||q|| with RMS; else 1); and
-            the counts "updates", "skipped_updates" and "rejected_curvatures" (updates whose y^T s
-            was not positive). All zero before the first update, but for the scale.
+            BFGS, which should stay within some powers of ten; else 1); and the counts "updates",
+            "skipped_updates" and "rejected_curvatures" (updates whose y^T s was not positive). All
+            zero before the first update, but for the scale.
         """
         shown = (*REALS[1:7], "learning_rate_scale", *COUNTS[:3])
         values = dict.fromkeys(shown, 0.0) | {"learning_rate_scale": 1.0}

@@ -6,8 +6,6 @@ import math
 
 from keras import ops
 
-from nlcg_tf.reductions import total
-
 # The odd polynomials a x + b x^3 + c x^5 that one after the other bring singular values nearest to
 # 1, from 1e-3 on: Polar Express (Amsel, Persson, Musco & Gower 2025, arXiv 2505.16932).
 COEFFICIENTS = (
@@ -104,10 +102,3 @@ def newton_schulz(x):
 
 def _oriented(matrix, shape):
     return matrix if tuple(matrix.shape) == shape else ops.transpose(matrix)
-
-
-def norm(x):
-    """The Frobenius norm of a tensor of any shape, a scalar; no square overflows or vanishes."""
-    largest = ops.max(ops.abs(x))
-    largest = ops.where(largest > 0, largest, ops.ones_like(largest))
-    return largest * ops.sqrt(total(ops.square(x / largest)))

@@ -14,8 +14,8 @@ import keras
 from keras import ops
 
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
-from nlcg_tf.polar import matrix_shape, norm, polar_factors
-from nlcg_tf.reductions import TINY, count, dot, join, pieces, sum_all
+from nlcg_tf.polar import matrix_shape, polar_factors
+from nlcg_tf.reductions import TINY, count, dot, join, norm, pieces, sum_all
 
 Tensors = list[Any]
 State = dict[str, list[Any | None]]
@@ -86,8 +86,7 @@ def get(identifier: Any) -> Any:
     """Resolves the `preconditioner` argument of `NLCG`.
 
     Args:
-        identifier: `"bfgs"`, `"normalized_bfgs"`, `"rms"`, `"spectral"`, `None`, or a
-            `Preconditioner`.
+        identifier: `"bfgs"`, `"normalized_bfgs"`, `"spectral"`, `None`, or a `Preconditioner`.
 
     Raises:
         ValueError: for anything else.
@@ -208,51 +207,6 @@ class NormalizedBFGS(DiagonalBFGS):
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 @dataclasses.dataclass
-class RMS(Preconditioner):
-    """Division by the root of a running mean of squared gradients, at the gradient's own length.
-
-        v = decay * v + (1 - decay) g^2
-        q = g / (sqrt(v) + epsilon)
-        P g = c q,  c = ||g|| / ||q||
-
-    The direction of RMSProp (Tieleman & Hinton 2012) grafted to the length of the gradient (Agarwal
-    et al. 2020, arXiv 2002.11803), so that learning rates are those of SGD. Adam's correction of v
-    for its start at 0, one factor for all elements, would cancel in c. It looks at no step and
-    needs no previous gradient.
-
-    Args:
-        decay: float in (0, 1).
-
-    Raises:
-        ValueError: for a decay outside this range.
-    """
-
-    decay: float = 0.99
-
-    def __post_init__(self):
-        self._check("decay", lambda x: is_number(x) and 0 < x < 1, "lie in (0, 1)")
-
-    def initial_state(self, shape):
-        return {"second_moment": (shape, 0.0)}
-
-    def update(self, state, g, w, y, s, kappa):
-        def update(v_i, g_i):
-            # An element whose square overflows keeps its value: infinity would never come back.
-            candidate = v_i + (1 - self.decay) * (g_i * g_i - v_i)
-            return ops.where(ops.isfinite(candidate), candidate, v_i)
-
-        return {"second_moment": [update(*e) for e in zip(state["second_moment"], g)]}, True
-
-    def apply(self, state, g, w, epsilon):
-        q = [g_i / (ops.sqrt(v_i) + epsilon) for g_i, v_i in zip(g, state["second_moment"])]
-        scale = ops.sqrt(dot(g, g) / dot(q, q))
-        # Where the squares vanish or overflow there is no direction to trust.
-        scale = ops.where(ops.isfinite(scale), scale, ops.zeros_like(scale))
-        return [scale * q_i for q_i in q], scale
-
-
-@keras.saving.register_keras_serializable(package="nlcg_tf")
-@dataclasses.dataclass
 class Spectral(Preconditioner):
     """The polar factor of each kernel's gradient, as long as the kernel.
 
@@ -299,11 +253,15 @@ class Spectral(Preconditioner):
                 length = ops.maximum(norm(w[i]), SMALLEST_KERNEL * shapes[i][1] ** 0.5)
                 q_i = ops.reshape(factors[i], g_i.shape)
             else:
-                length, q_i = self.vector_length * size**0.5, g_i
-            q_norm = norm(q_i)
-            return q_i * (length / ops.where(q_norm > 0, q_norm, ops.ones_like(q_norm)))
+                # Squares must neither overflow nor vanish.
+                length, q_i = self.vector_length * size**0.5, g_i / _or_one(ops.max(ops.abs(g_i)))
+            return q_i * (length / _or_one(norm(q_i)))
 
         return [whitened(i, g_i) for i, g_i in enumerate(g)], ops.ones((), g[0].dtype)
+
+
+def _or_one(x):
+    return ops.where(x > 0, x, ops.ones_like(x))
 
 
 # Root of the mean square of a kernel's elements, times the square root of its rows.
@@ -311,4 +269,4 @@ SMALLEST_KERNEL = 0.01
 
 
 # To add one, add its class here.
-NAMES = {"bfgs": DiagonalBFGS, "normalized_bfgs": NormalizedBFGS, "rms": RMS, "spectral": Spectral}
+NAMES = {"bfgs": DiagonalBFGS, "normalized_bfgs": NormalizedBFGS, "spectral": Spectral}

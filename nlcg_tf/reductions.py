@@ -33,6 +33,11 @@ def total(x):
     return head + ops.sum(x[rows * BLOCK :]) if rest else head
 
 
+def norm(x):
+    """The Frobenius norm of a tensor of any shape, a scalar."""
+    return ops.sqrt(total(x * x))
+
+
 # In an update of which each worker does a part: what says how sums become those over all workers.
 _parts = contextvars.ContextVar("parts", default=None)
 

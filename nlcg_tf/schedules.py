@@ -38,8 +38,9 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
                 f"`factor` is on the paper's rate, which `peak` replaces: give one. Received: "
                 f"factor={factor!r}, peak={peak!r}"
             )
-        scaled = factor * 0.1 * batch_size / self.reference_batch_size
-        self.peak = scaled if peak is None else float(peak)
+        papers = factor * 0.1 * batch_size / self.reference_batch_size
+        self.peak = papers if peak is None else float(peak)
+        self._of_papers = self.peak / papers
         self.warmup_epochs = self._warmup_epochs(batch_size) * min(
             1.0, epochs / self.reference_epochs
         )
@@ -99,7 +100,8 @@ class ImageNetSchedule(_WarmUp):
 
     The warm-up takes 5 epochs, 15 above a batch of 8,192, 30 above 32,768, and proportionally less
     in a run of less than 90 epochs. Then the rate falls by the same factor every 2 epochs and
-    reaches 0.001 at the end of the run, or 0.01 from a batch of 8,192 on.
+    reaches 0.001 at the end of the run, or 0.01 from a batch of 8,192 on. With a `peak` of its own
+    it falls to the same fraction of that.
 
     Args:
         batch_size: int, the global batch of one update.
@@ -122,7 +124,8 @@ class ImageNetSchedule(_WarmUp):
         return progress
 
     def _after(self, epoch):
-        end = min(0.001 if self._config["batch_size"] < 8192 else 0.01, self.peak)
+        end = 0.001 if self._config["batch_size"] < 8192 else 0.01
+        end = min(end * self._of_papers, self.peak)
         stairs = max(1, (self._config["epochs"] - self.warmup_epochs) // 2)
         stair = ops.clip(ops.floor((epoch - self.warmup_epochs) / 2), 0, stairs)
         return self.peak * (end / self.peak) ** (stair / stairs)

@@ -11,9 +11,9 @@ from absl import flags
 import nlcg_tf
 from trainers.data import memory
 from trainers.engine.run import main
-from trainers.flags import decides, free, is_among, peak_rate, weight_decay
+from trainers.flags import decides, free, is_among, weight_decay
 from trainers.models import cifar_resnet
-from trainers.optimizers.choice import cifar_line_search
+from trainers.optimizers.choice import cifar_line_search, peak_rate
 from trainers.task import Task
 
 FLAGS = flags.FLAGS
@@ -88,7 +88,10 @@ class Cifar(Task):
 
     def schedule(self, plan):
         return nlcg_tf.schedules.CifarSchedule(
-            plan.global_batch_size, plan.epochs, plan.updates_per_epoch, **peak_rate()
+            plan.global_batch_size,
+            plan.epochs,
+            plan.updates_per_epoch,
+            **peak_rate(FLAGS.flag_values_dict()),
         )
 
     def load(self):

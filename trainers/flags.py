@@ -55,14 +55,14 @@ flags.DEFINE_integer(decides("epochs"), 200, "Length of the run.", lower_bound=1
 flags.DEFINE_string(decides("optimizer"), "nlcg", f"Optimizer: {', '.join(trained())}.")
 flags.DEFINE_enum(
     decides("update_rule"),
-    "blended",
-    ["blended", "momentum", "fletcher_reeves", "polak_ribiere"],
+    "momentum",
+    ["momentum", "blended", "fletcher_reeves", "polak_ribiere"],
     "NLCG: rule for beta; the last two are the paper's.",
 )
 flags.DEFINE_string(
     decides("preconditioner"),
-    "normalized_bfgs",
-    "NLCG: preconditioner: normalized_bfgs, bfgs (the paper's), rms or none.",
+    "spectral",
+    "NLCG: preconditioner: spectral, normalized_bfgs, bfgs (the paper's) or none.",
 )
 flags.DEFINE_bool(decides("nesterov"), True, "NLCG: Nesterov's look-ahead.")
 flags.DEFINE_enum(
@@ -70,7 +70,7 @@ flags.DEFINE_enum(
     "auto",
     ["auto", "online", "step", "none"],
     "NLCG: line search. auto is the paper's choice for the data set and batch, and none with "
-    "--update_rule=blended and momentum.",
+    "--update_rule=momentum and blended.",
 )
 flags.DEFINE_float(
     decides("lars_coefficient"),
@@ -184,11 +184,6 @@ def defaults():
 def identity():
     """The flags that decide what a run computes, as a dict."""
     return {name: FLAGS[name].value for name in DECISIVE}
-
-
-def peak_rate():
-    """The schedule's arguments that decide its peak."""
-    return {"factor": FLAGS.learning_rate_factor, "peak": FLAGS.peak_learning_rate}
 
 
 @flags.multi_flags_validator(

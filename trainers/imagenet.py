@@ -11,8 +11,9 @@ from absl import flags
 import nlcg_tf
 from trainers.data import photos, sources
 from trainers.engine.run import main
-from trainers.flags import decides, free, peak_rate, weight_decay
+from trainers.flags import decides, free, weight_decay
 from trainers.models import resnet50
+from trainers.optimizers.choice import peak_rate
 from trainers.task import Task
 
 FLAGS = flags.FLAGS
@@ -99,7 +100,10 @@ class ImageNet(Task):
 
     def schedule(self, plan):
         return nlcg_tf.schedules.ImageNetSchedule(
-            plan.global_batch_size, plan.epochs, plan.updates_per_epoch, **peak_rate()
+            plan.global_batch_size,
+            plan.epochs,
+            plan.updates_per_epoch,
+            **peak_rate(FLAGS.flag_values_dict()),
         )
 
     def load(self):

@@ -7,12 +7,12 @@
 //      come from sweep 3 of the update before; where they are not known, or with Nesterov's
 //      look-ahead, g_prev and h are read as well.
 //   2. BFGS: read g, g_prev, d, h, write h  -> delta of the new h, which beta needs of all variables
-//   1+2. RMS: read g, v; no preconditioner: read g; P g given: read g, P g. Polak-Ribiere: g_prev too;
-//      blended: g_prev and d
-//   3. read g, d, w (h or v), write d, w (v), g_prev -> the sums for the cosine and for the next 1
+//   1+2. No preconditioner: read g; P g given: read g, P g. Polak-Ribiere: g_prev too; blended: g_prev
+//      and d
+//   3. read g, d, w (h or P g), write d, w, g_prev -> the sums for the cosine and for the next 1
 //
-// That is 14 transfers of the parameter vector with BFGS, 16 with the look-ahead too; with RMS and
-// Fletcher-Reeves 9, without preconditioner 6, with one that the caller computes 8; blended 12 and 9.
+// That is 14 transfers of the parameter vector with BFGS, 16 with the look-ahead too; without
+// preconditioner 6, blended 9; with one that the caller computes 8.
 //
 // Sums are taken over chunks of fixed size, in fixed order: the bits do not depend on the number of
 // threads. Nothing is written before it is known whether the update is to be skipped.
@@ -55,7 +55,7 @@ enum Real {
 enum Count { kUpdates, kSkipped, kRejected, kLastApplied, kCounts };
 
 // kGiven: the caller computes P g.
-enum Preconditioner { kIdentity, kBfgs, kNormalizedBfgs, kRms, kGiven };
+enum Preconditioner { kIdentity, kBfgs, kNormalizedBfgs, kGiven };
 enum Rule { kFletcherReeves, kPolakRibiere, kBlended, kMomentum };
 enum LineSearch { kNoLineSearch, kOnline, kStep };
 
@@ -93,12 +93,7 @@ NLCG_HOST_DEVICE bool UsesLoss(const Settings& settings) {
 
 // Whether the diagonal divides a gradient that is scaled afterwards by its mean.
 NLCG_HOST_DEVICE bool IsScaled(const Settings& settings) {
-  return settings.preconditioner == kNormalizedBfgs || settings.preconditioner == kRms;
-}
-
-// Whether there is a slot for what divides the gradient.
-NLCG_HOST_DEVICE bool HasDiagonal(const Settings& settings) {
-  return UsesBfgs(settings) || settings.preconditioner == kRms;
+  return settings.preconditioner == kNormalizedBfgs;
 }
 
 // Whether the rule looks at the previous gradient, or at the step made of it.
@@ -128,7 +123,7 @@ template <typename T>
 struct Variable {
   T* w;
   T* d;
-  T* h;             // BFGS: h; RMS: v; otherwise null
+  T* h;             // BFGS: h; otherwise null
   const T* g_prev;  // null where it is not kept
   T* g_prev_out;    // null: not kept, or the caller keeps the buffer of g as the next g_prev
   const T* g;

@@ -12,17 +12,16 @@ import keras
 
 from nlcg_tf.composed import COUNTS, OWN_SLOTS, REALS, cosine
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
-from nlcg_tf.preconditioner import RMS, DiagonalBFGS, NormalizedBFGS, apply
+from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, apply
 from nlcg_tf.reductions import are_divided, count, sum_of_parts
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
 BUILD_COMMAND = "python -m nlcg_tf.fused.build"
 LINE_SEARCHES = {type(None): "none", OnlineLineSearch: "online", StepLineSearch: "step"}
-PRECONDITIONERS = {type(None): "none", DiagonalBFGS: "bfgs"}
-PRECONDITIONERS |= {NormalizedBFGS: "normalized_bfgs", RMS: "rms"}
+PRECONDITIONERS = {type(None): "none", DiagonalBFGS: "bfgs", NormalizedBFGS: "normalized_bfgs"}
 # The rules that take P g as it is given.
 LOOKS_AT_NO_STEP = ("fletcher_reeves", "momentum")
-SLOTS = ("direction", "previous_gradient", "hessian_diagonal", "second_moment")
+SLOTS = ("direction", "previous_gradient", "hessian_diagonal")
 
 
 @functools.cache

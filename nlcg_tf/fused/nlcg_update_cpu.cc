@@ -51,15 +51,12 @@ template <typename T>
 NLCG_HOST_DEVICE Sums RunDirection(const Settings& settings, const Stage<T>& stage,
                                    const Previous<T>& previous, const Variable<T>& v, T step,
                                    int64_t begin, int64_t end) {
-  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const T epsilon = T(settings.epsilon);
   const DirectionSums<T> sums{v, previous, settings.rule, settings.nesterov};
   if (settings.preconditioner == kIdentity) {
     return Run<T>(PlainBody<T>{v, epsilon, step, sums}, begin, end);
   }
   if (settings.preconditioner == kGiven) return Run<T>(GivenBody<T>{v, sums}, begin, end);
-  if (settings.preconditioner == kRms) {
-    return Run<T>(RmsBody<T>{v, epsilon, step, forget, sums}, begin, end);
-  }
   if (stage.accepted) {
     return Run<T>(HessianBody<T, true>{v, stage, epsilon, step, sums}, begin, end);
   }
@@ -69,17 +66,17 @@ NLCG_HOST_DEVICE Sums RunDirection(const Settings& settings, const Stage<T>& sta
 template <typename T, int kPreconditioner>
 NLCG_HOST_DEVICE Sums RunStep(const Settings& settings, const Stage<T>& stage, const Variable<T>& v,
                               T decay_rate, int64_t begin, int64_t end) {
-  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const T epsilon = T(settings.epsilon);
   const bool nesterov = settings.nesterov;
   // Only variables that do not stay in a cache until the next update gain by it.
   const bool stream = v.g_prev_out != nullptr && v.size >= kStreamed &&
                       reinterpret_cast<uintptr_t>(v.g_prev_out) % 16 == 0;
   if (settings.lars_coefficient > 0) {
     using Body = StepBody<T, kPreconditioner, true>;
-    return Run<T>(Body{v, stage, epsilon, decay_rate, forget, nesterov, stream}, begin, end);
+    return Run<T>(Body{v, stage, epsilon, decay_rate, nesterov, stream}, begin, end);
   }
   using Body = StepBody<T, kPreconditioner, false>;
-  return Run<T>(Body{v, stage, epsilon, decay_rate, forget, nesterov, stream}, begin, end);
+  return Run<T>(Body{v, stage, epsilon, decay_rate, nesterov, stream}, begin, end);
 }
 
 template <typename T>
@@ -97,7 +94,6 @@ NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stag
     if (preconditioner == kIdentity) {
       return RunStep<T, kIdentity>(settings, stage, v, decay_rate, begin, end);
     }
-    if (preconditioner == kRms) return RunStep<T, kRms>(settings, stage, v, decay_rate, begin, end);
     if (preconditioner == kGiven) {
       return RunStep<T, kGiven>(settings, stage, v, decay_rate, begin, end);
     }

@@ -142,7 +142,7 @@ template <typename T, int kPreconditioner>
 __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
                                const Previous<T>& previous, const Part<T>& part, T step) {
   const Variable<T>& v = part.v;
-  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const T epsilon = T(settings.epsilon);
   const bool accepted = kPreconditioner == kBfgs && stage.accepted;
   const bool tests = kPreconditioner != kBfgs && settings.rule == kBlended;
   T check = 0, fresh = 0, inverse = 0, mid = 0, gg = 0, new_slope = 0, old_slope = 0;
@@ -162,10 +162,6 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
       if (accepted || stage.forget != 0) v.h[i] = h;
       divisor = h + epsilon;
       inverse += T(1) / divisor;
-    } else if (kPreconditioner == kRms) {
-      const T before = v.h[i];
-      old_divisor = Sqrt(before) + epsilon;
-      divisor = Sqrt(SecondMoment(before, g, forget)) + epsilon;
     }
     check += g - g;
     const T q = kPreconditioner == kGiven ? v.preconditioned[i] : g / divisor;
@@ -191,7 +187,7 @@ template <typename T, int kPreconditioner>
 __device__ Sums StepSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
                           T decay_rate) {
   const Variable<T>& v = part.v;
-  const T epsilon = T(settings.epsilon), forget = T(1 - settings.decay);
+  const T epsilon = T(settings.epsilon);
   const bool lars = settings.lars_coefficient > 0, keeps_sums = v.curvature_sums != nullptr;
   T gd = 0, gg = 0, dd = 0, ww = 0;
   double next_gd = 0, next_shs = 0;
@@ -199,11 +195,6 @@ __device__ Sums StepSweep(const Settings& settings, const Stage<T>& stage, const
   for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
     const T g = v.g[i], w = v.w[i];
     T h = v.h == nullptr ? T(1) : v.h[i], divisor = h, divided = g;
-    if (kPreconditioner == kRms) {
-      const T moment = SecondMoment(h, g, forget);
-      v.h[i] = moment;
-      divisor = Sqrt(moment);
-    }
     if (kPreconditioner == kGiven) {
       divided = v.preconditioned[i];
     } else {
@@ -239,7 +230,6 @@ __device__ void LarsSweep(const Settings& settings, const Stage<T>& stage, const
     T d = v.d[i];
     if (settings.nesterov) {
       T h = v.h == nullptr ? T(1) : v.h[i];
-      if (kPreconditioner == kRms) h = Sqrt(h);
       d = kPreconditioner == kGiven
               ? Direction(v.preconditioned[i], T(1), d, stage.ahead, stage.kept)
               : Direction(v.g[i], h + epsilon, d, stage.ahead, stage.kept);
@@ -422,10 +412,9 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   if (turn.sweep == kAllSweeps) {
     for (const Variable<T>& v : variables) all.elements += v.size;
   }
-  const auto launch = UsesBfgs(settings)                ? Launch<T, kBfgs>
-                      : settings.preconditioner == kRms ? Launch<T, kRms>
+  const auto launch = UsesBfgs(settings)                  ? Launch<T, kBfgs>
                       : settings.preconditioner == kGiven ? Launch<T, kGiven>
-                                                        : Launch<T, kIdentity>;
+                                                          : Launch<T, kIdentity>;
   launch(settings, all, scratch, {learning_rate, loss, reals, counts}, stream);
   return Describe(cudaGetLastError());
 }

@@ -29,24 +29,6 @@ NLCG_HOST_DEVICE V Forget(V h, T rate) {
   return h + rate * (T(1) - h);
 }
 
-template <typename V, typename T>
-NLCG_HOST_DEVICE V SecondMoment(V v, V g, T rate) {
-  // An element whose square overflows keeps its value: infinity would never come back.
-  const V updated = v + rate * (g * g - v);
-  return updated - updated == 0 ? updated : v;
-}
-
-NLCG_HOST_DEVICE float Sqrt(float x) { return sqrtf(x); }
-NLCG_HOST_DEVICE double Sqrt(double x) { return sqrt(x); }
-template <typename V>
-NLCG_HOST_DEVICE V Sqrt(V x) {
-  decltype(x[0] + 0) elements[sizeof(V) / sizeof(x[0])];  // a loop that compilers vectorise
-  std::memcpy(elements, &x, sizeof(x));
-  for (auto& element : elements) element = Sqrt(element);
-  std::memcpy(&x, elements, sizeof(x));
-  return x;
-}
-
 // The direction, from the gradient and what it is divided by; and with other factors the look-ahead.
 template <typename V, typename T>
 NLCG_HOST_DEVICE V Direction(V g, V divisor, V d, T scale, T beta) {

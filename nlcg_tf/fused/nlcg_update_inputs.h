@@ -31,7 +31,7 @@ struct Layout {
   Layout(const nlcg::Settings& settings, int n, bool has_ratios, bool has_sums)
       : n(n), has_ratios(has_ratios), has_sums(has_sums) {
     keeps_gradient = nlcg::KeepsGradient(settings);
-    has_diagonal = nlcg::HasDiagonal(settings);
+    has_diagonal = nlcg::UsesBfgs(settings);
     is_given = settings.preconditioner == nlcg::kGiven;
     slots = (1 + keeps_gradient + has_diagonal) * n;
     singles = 2 + has_ratios + has_sums;

@@ -41,7 +41,7 @@ REGISTER_OP("NlcgUpdate")
     .Attr("c: int >= 0")
     .Attr("p: int >= 0")
     .Attr("k: int >= 0 = 0")
-    .Attr("preconditioner: {'none', 'bfgs', 'normalized_bfgs', 'rms', 'given'}")
+    .Attr("preconditioner: {'none', 'bfgs', 'normalized_bfgs', 'given'}")
     .Attr("T: {float, double}")
     .Attr("positions: list(int)")
     .Attr("keep_slots: bool")
@@ -73,8 +73,7 @@ One NLCG update of all variables of a model. See nlcg_update.py for the Python i
 
 weights: float variables of the shapes of `gradients`.
 slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or the rules
-  'polak_ribiere' and 'blended', the previous gradients; with BFGS and RMS their diagonal (Hessian or
-  second moment).
+  'polak_ribiere' and 'blended', the previous gradients; with BFGS the diagonal of the Hessian.
 preconditioned: with the preconditioner 'given' what it made of each gradient, otherwise none. Such a
   one goes with the rules 'fletcher_reeves' and 'momentum'.
 reals: vector variable of type T: what the enum Real in nlcg_update.h lists.
@@ -180,7 +179,6 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("line_search", &line_search));
     settings_.preconditioner = preconditioner == "bfgs"              ? nlcg::kBfgs
                                : preconditioner == "normalized_bfgs" ? nlcg::kNormalizedBfgs
-                               : preconditioner == "rms"             ? nlcg::kRms
                                : preconditioner == "given"           ? nlcg::kGiven
                                                                      : nlcg::kIdentity;
     settings_.rule = rule == "polak_ribiere" ? nlcg::kPolakRibiere

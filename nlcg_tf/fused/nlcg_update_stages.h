@@ -165,11 +165,6 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
     if (settings.rule == kBlended) {
       TestNoise(reals, counts, sums.of[kNewSlope], sums.of[kOldSlope], stage);
     }
-    if (settings.preconditioner == kRms) {
-      mean = sqrt(sums.of[kGg] / sums.of[kQq]);
-      // Where the squares vanish or overflow there is no direction to trust.
-      if (!Finite(mean)) mean = 0;
-    }
   }
   stage->reals[kMean] = T(mean);
   stage->scale = IsScaled(settings) ? T(mean) : T(1);

@@ -238,23 +238,6 @@ struct PlainBody {
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
 
-template <typename T>
-struct RmsBody {
-  using V = typename Simd<T>::Vector;
-  const Variable<T>& v;
-  const T epsilon, step, forget;
-  DirectionSums<T> sums;
-  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n), before = Load(v.h + i, n);
-    sums.Add(g, g / (Sqrt(SecondMoment(before, g, forget)) + epsilon), i, n);
-    if (sums.rule == kFletcherReeves) return;
-    const V old_divisor = Sqrt(before) + epsilon;
-    sums.AddMid(g, old_divisor, i, n);
-    sums.AddSlopes(g, old_divisor, step, i, n);
-  }
-  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
-};
-
 // P g, where the caller computes it.
 template <typename T>
 struct GivenBody {
@@ -271,20 +254,15 @@ struct StepBody {
   using V = typename Simd<T>::Vector;
   const Variable<T>& v;
   const Stage<T>& stage;
-  const T epsilon, decay_rate, forget;
+  const T epsilon, decay_rate;
   const bool nesterov, stream;
   V gd = {}, gg = {}, dd = {}, ww = {};
   ExactSum<T> next_gd = {}, next_shs = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), w = Load(v.w + i, n);
     V h = V{} + T(1);
-    if (kPreconditioner == kBfgs || kPreconditioner == kRms) h = Load(v.h + i, n);
+    if (kPreconditioner == kBfgs) h = Load(v.h + i, n);
     V divided = g, divisor = h;
-    if (kPreconditioner == kRms) {
-      const V moment = SecondMoment(h, g, forget);
-      Store(v.h + i, moment, n);
-      divisor = Sqrt(moment);
-    }
     if (kPreconditioner == kGiven) {
       divided = Load(v.preconditioned + i, n);
     } else {
@@ -332,7 +310,6 @@ struct LarsBody {
       V h = V{} + T(1);
       const bool is_given = preconditioner == kGiven;
       if (v.h != nullptr) h = Load(v.h + i, n);
-      if (preconditioner == kRms) h = Sqrt(h);
       if (!is_given) h += epsilon;
       const V divided = Load((is_given ? v.preconditioned : v.g) + i, n);
       d = Direction(divided, h, d, stage.ahead, stage.kept);

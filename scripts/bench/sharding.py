@@ -1,7 +1,7 @@
 """Sharded against whole optimizers: `python -m scripts.bench.sharding --json=out.json`.
 
-For NLCG's default, its RMS form, Keras' Adam and SGD with momentum, on the variables of ResNet-50,
-two Horovod workers of one thread each:
+For NLCG's default, its spectral form, Keras' Adam and SGD with momentum, on the variables of
+ResNet-50, two Horovod workers of one thread each:
 
 update: the optimizer's work alone, on half of the parameters over on all of them; NLCG's small
     all-reduces are in it.
@@ -30,7 +30,7 @@ def optimizers():
 
     return {
         "NLCG": lambda: nlcg_tf.NLCG(1e-4, fused=True),
-        "NLCG, rms": lambda: nlcg_tf.NLCG(1e-4, preconditioner="rms", fused=True),
+        "NLCG, spectral": lambda: nlcg_tf.NLCG(1e-4, "momentum", "spectral", fused=True),
         "Adam": lambda: keras.optimizers.Adam(1e-4),
         "SGD, momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
     }

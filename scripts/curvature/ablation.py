@@ -17,7 +17,7 @@ class Variant(choice.Choice):
     """As `Choice`.
 
     Attributes:
-        decay: of `normalized_bfgs` or `rms`; `None` for its default.
+        decay: of `normalized_bfgs`; `None` for its default.
         blind: whether the optimizer is told a loss of 0, of which nothing can be foretold: kappa is
             0, and beta the constant `momentum`.
     """
@@ -46,29 +46,6 @@ ABLATION = {
     ),
     "pr_normalized": _variant(
         "Polak-Ribiere", choice.SKY, "--", update_rule="polak_ribiere", nesterov=False
-    ),
-    "rms_decay_09": _variant("RMS, decay 0.9", choice.BLUE, preconditioner="rms", decay=0.9),
-    "rms_decay_0999": _variant(
-        "RMS, decay 0.999", choice.BLUE, "--", preconditioner="rms", decay=0.999
-    ),
-    "rms_no_look_ahead": _variant(
-        "RMS, no look-ahead", choice.GREEN, preconditioner="rms", nesterov=False
-    ),
-    "rms_constant": _variant("RMS, beta 0.9", choice.BLACK, preconditioner="rms", blind=True),
-    "rms_fr": _variant(
-        "RMS, Fletcher-Reeves",
-        choice.SKY,
-        preconditioner="rms",
-        update_rule="fletcher_reeves",
-        nesterov=False,
-    ),
-    "rms_pr": _variant(
-        "RMS, Polak-Ribiere",
-        choice.SKY,
-        "--",
-        preconditioner="rms",
-        update_rule="polak_ribiere",
-        nesterov=False,
     ),
 }
 # All that the study knows, in the order of its tables.

@@ -18,7 +18,7 @@ from trainers.data.order import epoch_indices
 from trainers.engine import averages
 from trainers.engine.plan import make_plan
 from trainers.models.cifar_resnet import cifar_resnet
-from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags
+from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags, peak_rate
 
 TEST_BATCH_SIZE = 500
 
@@ -48,7 +48,7 @@ class Training:
             self.models.append(cifar_resnet(depth, shape, data.classes, decay))
         self.model = self.models[0]
         self.schedule = CifarSchedule(
-            batch, flags["epochs"], self.plan.updates_per_epoch, flags["learning_rate_factor"]
+            batch, flags["epochs"], self.plan.updates_per_epoch, **peak_rate(flags)
         )
         self.optimizer = from_flags(flags, self.schedule, cifar_line_search(batch))
         self.optimizer.build(self.model.trainable_variables)

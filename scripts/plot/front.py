@@ -18,7 +18,7 @@ from scripts.shared import style
 from trainers.optimizers import choice
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
-ON_CIFAR = ("nlcg_rms", "nlcg", "nlcg_fr", "nesterov_tf1", "momentum", "adam")
+ON_CIFAR = ("nlcg_spectral", "muon_norm", "nlcg", "nlcg_fr", "nesterov_tf1", "adam")
 HIGHEST = 1000  # of a ratio; beyond, and for runs that diverged, the marker stands at the edge
 
 

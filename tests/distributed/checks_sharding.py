@@ -11,7 +11,13 @@ from nlcg_tf import NLCG
 from nlcg_tf.horovod.whole import gather_optimizer, scatter_optimizer
 from nlcg_tf.preconditioner import Preconditioner
 from tests.distributed.training import UPDATES, expect, make, part_of
-from tests.support.problems import flat, regression_data, regression_model, relative_difference
+from tests.support.problems import (
+    MeanSquares,
+    flat,
+    regression_data,
+    regression_model,
+    relative_difference,
+)
 
 # Each form of the update, and each argument of Keras' that sees whole variables; the sizes, 41
 # weights in 4 variables, do not divide by two.
@@ -19,7 +25,7 @@ CASES = {
     "blended": {"fused": True},
     "fletcher_reeves": {"fused": True, "weight_decay": 0.01},
     "polak_ribiere": {"fused": True, "global_clipnorm": 0.5},
-    "rms": {"use_ema": True, "ema_momentum": 0.8, "gradient_accumulation_steps": 2},
+    "own": {"use_ema": True, "ema_momentum": 0.8, "gradient_accumulation_steps": 2},
     "none": {"fused": True, "preconditioner": None, "line_search": "step"},
     "blended, composed": {"fused": False},
     "fletcher_reeves, composed": {"fused": False, "weight_decay": 0.01},
@@ -32,10 +38,10 @@ CASES = {
 
 def optimizer_of(name, **arguments):
     name = name.partition(",")[0]
-    if name == "rms":
-        return NLCG(0.05, preconditioner="rms", **arguments)
     if name == "spectral":
         return NLCG(0.05, "fletcher_reeves", "spectral", **arguments)
+    if name == "own":
+        return NLCG(0.05, preconditioner=MeanSquares(), **arguments)
     if name == "none":
         return NLCG(0.05, **arguments)
     if name == "adamw":
@@ -108,7 +114,7 @@ def check_sharded_updates_equal_those_of_whole_state():
 def check_sharded_state_is_that_of_the_whole():
     """Gathered, it is the state of an optimizer that was never divided; scattered, it goes on."""
     keras.config.set_floatx("float64")
-    for name in ("blended", "rms", "adamw", "spectral"):
+    for name in ("blended", "own", "adamw", "spectral"):
         arguments = CASES[name]
         plain = distributed(name, False, arguments)
         model = train(model_of("float64"), plain, 10)

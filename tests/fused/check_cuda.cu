@@ -41,7 +41,7 @@ const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, 
   for (int i = 0; i < count; ++i) {
     variables[i] = {w[i],
                     d[i],
-                    nlcg::HasDiagonal(*settings) ? h[i] : nullptr,
+                    nlcg::UsesBfgs(*settings) ? h[i] : nullptr,
                     nlcg::KeepsGradient(*settings) ? g_prev[i] : nullptr,
                     nlcg::KeepsGradient(*settings) ? g_prev[i] : nullptr,
                     g[i],

@@ -16,7 +16,7 @@ from tests.support.oracle import STEP_FACTORS
 
 ROOT = pathlib.Path(__file__).parents[2]
 RULES = ["fletcher_reeves", "polak_ribiere", "blended", "momentum"]
-PRECONDITIONERS = [None, "bfgs", "normalized_bfgs", "rms", "given"]
+PRECONDITIONERS = [None, "bfgs", "normalized_bfgs", "given"]
 LINE_SEARCHES = [None, "online", "step"]
 # As in composed.py, which cannot be imported where there is no TensorFlow.
 REALS = ["delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean"]
@@ -57,7 +57,7 @@ class Settings(ctypes.Structure):
             preconditioner=PRECONDITIONERS.index(variant.preconditioner),
             nesterov=variant.nesterov,
             momentum=0.9,
-            decay=0.99 if variant.preconditioner in ("normalized_bfgs", "rms") else 1,
+            decay=0.99 if variant.preconditioner == "normalized_bfgs" else 1,
             rule=RULES.index(rule),
             line_search=LINE_SEARCHES.index(variant.line_search),
             epsilon=1e-8,
@@ -122,8 +122,7 @@ class Problem:
         self.d, self.g_prev, self.g, self.preconditioned = (
             [device.put(np.zeros(n, dtype)) for n in sizes] for _ in range(4)
         )
-        initial = 0 if variant.preconditioner == "rms" else 1
-        self.h = [device.put(np.full(n, initial, dtype)) for n in sizes]
+        self.h = [device.put(np.ones(n, dtype)) for n in sizes]
         self.sums = device.put(np.full(4 * len(sizes), -1, dtype))
         self.ratios = device.put(np.ones(len(sizes), dtype))
         searched = [1, 0, 0][: [0, 2, 3][LINE_SEARCHES.index(variant.line_search)]]

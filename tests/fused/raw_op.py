@@ -26,7 +26,7 @@ class Call:
         self.weights = [make(shape) for shape in SHAPES]
         bfgs = preconditioner in ("bfgs", "normalized_bfgs")
         keeps_gradient = bfgs or update_rule in ("polak_ribiere", "blended")
-        kinds = 1 + keeps_gradient + (bfgs or preconditioner == "rms")
+        kinds = 1 + keeps_gradient + bfgs
         given = SHAPES if preconditioner == "given" else []
         self.slots = [make(shape) for _ in range(kinds) for shape in SHAPES]
         self.reals = tf.Variable(tf.zeros(LENGTH, dtype))
@@ -264,7 +264,7 @@ def fuzz(library, calls, seed):
         if call is None or rng.random() < 0.02:
             dtype = [tf.float32, tf.float64][rng.integers(2)]
             lars = [0.0, 0.01][rng.integers(2)]
-            preconditioner = ["none", "bfgs", "normalized_bfgs", "rms", "given"][rng.integers(5)]
+            preconditioner = ["none", "bfgs", "normalized_bfgs", "given"][rng.integers(4)]
             rules = ["fletcher_reeves", "momentum", "polak_ribiere", "blended"]
             rule = rules[rng.integers(2 if preconditioner == "given" else 4)]
             seed, nesterov = int(rng.integers(1000)), bool(rng.integers(2))

@@ -49,7 +49,7 @@ struct Buffers {
       v.w = w[i].data() + offset;
       v.d = d[i].data() + offset;
       const bool keeps_gradient = nlcg::KeepsGradient(settings);
-      v.h = nlcg::HasDiagonal(settings) ? h[i].data() + offset : nullptr;
+      v.h = nlcg::UsesBfgs(settings) ? h[i].data() + offset : nullptr;
       const bool is_given = settings.preconditioner == nlcg::kGiven;
       v.preconditioned = is_given ? preconditioned[i].data() + offset : nullptr;
       v.g_prev = keeps_gradient ? g_prev[i].data() + offset : nullptr;
@@ -83,8 +83,7 @@ class Reference {
       : s(settings), b(buffers), reals(buffers->reals.data()), rate(rate), loss(loss) {
     first = b->counts[nlcg::kUpdates] == 0;
     bfgs = nlcg::UsesBfgs(s);
-    rms = s.preconditioner == nlcg::kRms;
-    scaled = s.preconditioner == nlcg::kNormalizedBfgs || rms;
+    scaled = s.preconditioner == nlcg::kNormalizedBfgs;
     scale_prev = scaled ? reals[nlcg::kMean] : 1;
     beta_prev = reals[nlcg::kBeta];
     cap_prev = reals[nlcg::kCap];
@@ -114,7 +113,7 @@ class Reference {
 
   double Divisor(size_t v, size_t i) const {
     const double eps = s.epsilon;
-    return rms ? std::sqrt(double(b->h[v][i])) + eps : bfgs ? b->h[v][i] + eps : 1 + eps;
+    return bfgs ? b->h[v][i] + eps : 1 + eps;
   }
 
   double Quotient(size_t v, size_t i) const {
@@ -170,14 +169,11 @@ class Reference {
       double h = b->h[v][i];
       if (accepted) h = std::abs(h - h * step * h * step / shs + y * y / ys);
       if (bfgs) h += (1 - s.decay) * (1 - kappa) * (1 - h);
-      if (rms) h = s.decay * h + (1 - s.decay) * g * g;
       b->h[v][i] = T(h);
       fresh += g * Quotient(v, i);
-      squares += Quotient(v, i) * Quotient(v, i);
       inverses += 1 / Divisor(v, i);
     });
     mean = bfgs && elements > 0 ? elements / inverses : 1;
-    if (rms) mean = squares > 0 ? std::sqrt(gg / squares) : 0;
     scale = scaled ? mean : 1;
   }
 
@@ -267,10 +263,10 @@ class Reference {
   Buffers<T>* const b;
   T* const reals;
   const double rate, loss;
-  bool first, bfgs, rms, scaled, accepted = false;
+  bool first, bfgs, scaled, accepted = false;
   double scale_prev, beta_prev, cap_prev, ahead_prev, search;
   double elements = 0, ys = 0, shs = 0, mid = 0, slope = 0, old_slope = 0, gg = 0;
-  double fresh = 0, squares = 0, inverses = 0, gd = 0, dd = 0;
+  double fresh = 0, inverses = 0, gd = 0, dd = 0;
   double kappa = 0, factor = 1, mean = 1, scale = 1, beta = 0, alpha = 0, cap = 1;
 };
 

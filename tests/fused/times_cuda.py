@@ -14,8 +14,6 @@ SIZE = 100_000_000
 TIMED = [
     ("fletcher_reeves", Variant(), 14),
     ("blended", Variant("normalized_bfgs", nesterov=True), 16),
-    ("fletcher_reeves", Variant("rms"), 9),
-    ("blended", Variant("rms", nesterov=True), 12),
     ("momentum", Variant("given", nesterov=True), 8),
 ]
 

@@ -6,7 +6,7 @@ import pytest
 import nlcg_tf
 from nlcg_tf import NLCG, schedules
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
-from nlcg_tf.preconditioner import RMS, NormalizedBFGS
+from nlcg_tf.preconditioner import NormalizedBFGS
 from tests.support.problems import regression_data, regression_model
 
 
@@ -66,8 +66,7 @@ def test_nlcg_names_the_bad_argument(arguments):
         (lambda: NormalizedBFGS(0), "decay"),
         (lambda: NormalizedBFGS(1.1), "decay"),
         (lambda: NormalizedBFGS("0.9"), "decay"),
-        (lambda: RMS(1.0), "decay"),
-        (lambda: RMS(float("nan")), "decay"),
+        (lambda: NormalizedBFGS(float("nan")), "decay"),
         (lambda: schedules.CifarSchedule(0, 200, 10), "batch_size"),
         (lambda: schedules.CifarSchedule(128, -1, 10), "epochs"),
         (lambda: schedules.ImageNetSchedule(128, 90, "10"), "steps_per_epoch"),

@@ -24,7 +24,7 @@ y = x @ rng.normal(size=(5, 1)).astype("float32")
 forms = [
     {"update_rule": "polak_ribiere", "preconditioner": "bfgs", "nesterov": False},
     {"line_search": "online"},
-    {"preconditioner": "rms", "use_ema": True, "ema_momentum": 0.8},
+    {"preconditioner": None, "use_ema": True, "ema_momentum": 0.8},
     {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 3},
 ]
 for steps, form in [*itertools.product((None, 2), forms[:3]), (2, forms[3])]:

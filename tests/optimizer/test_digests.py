@@ -20,14 +20,14 @@ DIGESTS = pathlib.Path(__file__).with_name("digests.json")
 SHAPES = [(3, 4), (5,), (), (7, 2, 2)]
 UPDATES = 20
 RULES = ("fletcher_reeves", "polak_ribiere", "blended")
-PRECONDITIONERS = (None, "bfgs", "normalized_bfgs", "rms")
+PRECONDITIONERS = (None, "bfgs", "normalized_bfgs")
 LINE_SEARCHES = (None, "online", "step")
 FORMS = {}
-for i, (rule, preconditioner, nesterov) in enumerate(
-    itertools.product(RULES, PRECONDITIONERS, (False, True))
+for (i, rule), (j, preconditioner), nesterov in itertools.product(
+    enumerate(RULES), enumerate(PRECONDITIONERS), (False, True)
 ):
-    lars = 0.1 if i % 4 == 3 else None
-    form = (rule, preconditioner, LINE_SEARCHES[i % 3], nesterov, lars)
+    lars = 0.1 if j % 2 and nesterov else None
+    form = (rule, preconditioner, LINE_SEARCHES[(8 * i + 2 * j + nesterov) % 3], nesterov, lars)
     FORMS["-".join(map(str, form))] = form
 
 

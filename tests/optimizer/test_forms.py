@@ -59,9 +59,8 @@ def test_a_line_search_with_a_state_of_the_optimizers_name_is_refused():
     "rule, preconditioner, slots",
     [
         ("fletcher_reeves", None, 1),
-        ("fletcher_reeves", "rms", 2),
         ("polak_ribiere", None, 2),
-        ("blended", "rms", 3),
+        ("blended", None, 2),
         ("fletcher_reeves", "normalized_bfgs", 3),
     ],
 )

@@ -20,8 +20,7 @@ NOT_FINITE = (np.nan, np.inf, -np.inf)
 SETTINGS = [
     ("fletcher_reeves", "bfgs", "online", False),
     DEFAULT,
-    ("blended", "rms", None, True),
-    ("fletcher_reeves", "rms", "online", True),
+    ("fletcher_reeves", "spectral", "online", True),
     ("polak_ribiere", None, "step", True),
 ]
 

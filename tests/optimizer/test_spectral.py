@@ -11,6 +11,7 @@ from tests.support.fitting import BATCH, UPDATES, weights_of
 from tests.support.oracle import Oracle
 from tests.support.problems import (
     SHAPES,
+    MeanSquares,
     flat,
     regression_data,
     regression_model,
@@ -117,6 +118,12 @@ def test_a_gradient_that_is_not_finite_is_skipped(bad, rng, fused):
     assert not any(np.any(v) for v in optimizer.slots["direction"])
 
 
+def test_its_rule_is_momentum_unless_another_is_asked_for():
+    assert NLCG(preconditioner="spectral").update_rule == "momentum"
+    assert NLCG(preconditioner="spectral", update_rule="blended").update_rule == "blended"
+    assert NLCG().update_rule == "blended"
+
+
 @pytest.mark.parametrize("rule", ["momentum", "fletcher_reeves"])
 def test_the_state_is_four_bytes_a_parameter(rule):
     optimizer = NLCG(0.05, rule, "spectral")
@@ -215,19 +222,11 @@ def test_a_state_of_another_shape_belongs_to_its_variable(fused):
     assert optimizer.diagnostics()["skipped_updates"] == 1
 
 
-class Halved(nlcg_tf.preconditioner.RMS):
-    """One whose state has the name of a slot of the op."""
-
-    def apply(self, state, g, w, epsilon):
-        preconditioned, mean = super().apply(state, g, w, epsilon)
-        return [x / 2 for x in preconditioned], mean
-
-
 def test_a_state_may_have_the_name_of_a_slot_of_the_op(rng, fused):
     weights, gradients = draw(rng), draw(rng)
     ends = []
-    for preconditioner, rate, path in (("rms", 0.1, False), (Halved(), 0.2, fused)):
-        optimizer = NLCG(rate, "momentum", preconditioner, fused=path)
+    for path in (False, fused):
+        optimizer = NLCG(0.1, "momentum", MeanSquares(), fused=path)
         variables = [keras.Variable(w) for w in weights]
         for _ in range(3):
             optimizer.apply([tf.constant(g) for g in gradients], variables)

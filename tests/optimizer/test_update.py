@@ -24,7 +24,7 @@ from tests.support.problems import (
 # that came later with one of them.
 PAPER_FORMS = list(itertools.product(RULES[:2], ("bfgs", None), LINE_SEARCHES, [False]))
 
-PAPER_FORMS += itertools.product(RULES[:1], ("normalized_bfgs", "rms"), LINE_SEARCHES, [False])
+PAPER_FORMS += itertools.product(RULES[:1], ["normalized_bfgs"], LINE_SEARCHES, [False])
 
 
 OTHER_FORMS = [

@@ -38,7 +38,7 @@ def make_run(folder, name, top1, averaged=None, loss=0.5, optimizer="momentum", 
 
 @pytest.fixture
 def run_folders(tmp_path):
-    """Momentum: two seeds and a search in which factor 4 is best; NLCG: one seed and one diverged."""
+    """Momentum: two seeds and a search, factor 4 is best; NLCG: one seed and one diverged."""
     for seed, top1 in enumerate((0.5, 0.7)):
         make_run(tmp_path, f"m-{seed}", top1, 0.8, seed=seed)
     for seed, top1 in enumerate((0.9, 0.6, 0.6)):

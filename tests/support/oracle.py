@@ -41,7 +41,6 @@ class Oracle:
         self.preconditioner, self.line_search = preconditioner, line_search
         self.nesterov, self.momentum, self.decay = nesterov, momentum, decay
         self.h = np.ones_like(self.w)  # BFGS
-        self.v = np.zeros_like(self.w)  # RMS
         self.d = np.zeros_like(self.w)
         self.g_prev, self.z = np.zeros_like(self.w), np.zeros_like(self.w)
         self.s = np.zeros_like(self.w)  # the last step, without weight decay
@@ -65,8 +64,6 @@ class Oracle:
             self._test(g, loss)
         if self.preconditioner in ("bfgs", "normalized_bfgs"):
             self._learn_h(g)
-        if self.preconditioner == "rms":
-            self.v = self.decay * self.v + (1 - self.decay) * g**2
         z_prev, self.z = self.z, self._precondition(g)
         delta_new = -float(g @ self.z)
         self.beta = self._beta(g, delta_new, z_prev) if self.updates > 0 else 0.0
@@ -134,10 +131,6 @@ class Oracle:
 
     def _precondition(self, g):
         """z, minus the preconditioned gradient."""
-        if self.preconditioner == "rms":
-            q = g / (np.sqrt(self.v) + self.eps)
-            self.preconditioner_mean = np.linalg.norm(g) / np.linalg.norm(q) if q.any() else 0.0
-            return -self.preconditioner_mean * q
         if callable(self.preconditioner):
             return -self.preconditioner(g, self.w)
         if self.preconditioner is None:

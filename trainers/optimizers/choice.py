@@ -93,7 +93,6 @@ _RMSPROP = {"rho": 0.9, "momentum": 0.9, "epsilon": 1.0}
 # Their order is that of tables and legends.
 OPTIMIZERS = {
     "nlcg": Choice("NLCG", VERMILION, "-", "o", _blended("normalized_bfgs"), _nlcg),
-    "nlcg_rms": Choice("NLCG-RMS", ORANGE, "-", "s", _blended("rms")),
     "nlcg_noprec": Choice("NLCG, no preconditioner", ORANGE, "--", "^", _blended("none")),
     "nlcg_fr": Choice("NLCG-FR", BLUE, "-", "D", _published(_FR)),
     "nlcg_pr": Choice("NLCG-PR", BLUE, "--", "d", _published(_PR)),
@@ -156,6 +155,18 @@ def from_flags(flags, schedule, paper_line_search):
         nesterov=flags["nesterov"],
         line_search=None if line_search == "none" else line_search,
     )
+
+
+# A fraction of each kernel's norm, which does not grow with the batch: results/cifar100_spectral.
+SPECTRAL_PEAK = 0.03
+
+
+def peak_rate(flags):
+    """The schedule's `factor` and `peak`, from a dict of values of the trainers' flags."""
+    factor, peak = flags["learning_rate_factor"], flags["peak_learning_rate"]
+    if peak is None and (flags["optimizer"], flags["preconditioner"]) == ("nlcg", "spectral"):
+        factor, peak = 1.0, SPECTRAL_PEAK * factor
+    return {"factor": factor, "peak": peak}
 
 
 def cifar_line_search(global_batch_size):

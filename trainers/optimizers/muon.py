@@ -3,7 +3,8 @@
 import keras
 from keras import ops
 
-from nlcg_tf.polar import matrix_shape, norm, polar_factors
+from nlcg_tf.polar import matrix_shape, polar_factors
+from nlcg_tf.reductions import norm
 
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
