@@ -1,25 +1,52 @@
-"""Lets NLCG see the loss when Keras scales it.
+"""Lets NLCG see the loss where another optimizer has it inside.
 
-Under `mixed_float16` Keras wraps the optimizer in `LossScaleOptimizer`, whose `scale_loss` never
-calls that of the optimizer inside. It is therefore replaced by one which first tells the loss to an
-inner optimizer that has `observe_loss`, and then does what it always did.
+`fit` tells the loss to the outermost optimizer's `scale_loss` alone: under `mixed_float16` that of
+Keras' `LossScaleOptimizer`, or that of `MultiOptimizer`, or of a wrapper of the user's own. Each
+class's `scale_loss` is therefore replaced by one that does what it always did, and then tells the
+loss to all optimizers inside that have `observe_loss`.
 """
 
-import functools
+from collections.abc import Mapping
 
-from keras.optimizers import LossScaleOptimizer
+import keras
 
 
-def forward_loss_to_inner_optimizer():
-    original = LossScaleOptimizer.scale_loss
-    if hasattr(original, "__wrapped__"):
-        return
+def tell_inner_optimizers():
+    """Sees to it that optimizers inside of others are told the loss; may be called again."""
+    base = next(c for c in keras.optimizers.Optimizer.__mro__ if "scale_loss" in vars(c))
+    classes = [base]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        original = vars(cls).get("scale_loss")
+        if original is not None and not hasattr(original, "tells_inner_optimizers"):
+            cls.scale_loss = _telling(original)
 
-    @functools.wraps(original)
+
+def _telling(original):
+    # Not functools.wraps, behind which TensorFlow's autograph looks for the original.
     def scale_loss(self, loss):
-        observe_loss = getattr(self.inner_optimizer, "observe_loss", None)
-        if observe_loss is not None:
-            observe_loss(loss)
-        return original(self, loss)
+        scaled = original(self, loss)
+        if not hasattr(self, "observe_loss"):
+            # Last: a wrapper may have told them a loss that it had scaled.
+            for optimizer in _inner_optimizers(self):
+                if hasattr(optimizer, "observe_loss"):
+                    optimizer.observe_loss(loss)
+        return scaled
 
-    LossScaleOptimizer.scale_loss = scale_loss
+    scale_loss.tells_inner_optimizers = True
+    return scale_loss
+
+
+def _inner_optimizers(optimizer):
+    """The optimizers that another holds, alone or in lists and dicts, and what these hold."""
+    found, seen, waiting = [], {id(optimizer)}, [vars(optimizer)]
+    for value in waiting:
+        if isinstance(value, keras.optimizers.Optimizer):
+            found.append(value)
+            inner = vars(value).values()
+        elif isinstance(value, Mapping):
+            inner = value.values()
+        else:
+            inner = value if isinstance(value, (list, tuple)) else ()
+        waiting += [x for x in inner if id(x) not in seen and not seen.add(id(x))]
+    return found

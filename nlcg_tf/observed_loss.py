@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from nlcg_tf.loss_scaling import tell_inner_optimizers
+
 # In `observed_loss` where none was observed since the last `apply`. As a loss it is not finite: an
 # update with it is skipped.
 NO_LOSS = -np.inf
@@ -19,6 +21,7 @@ class ObservesLoss(keras.optimizers.Optimizer):
         """To be called in `__init__`; `uses_loss`: whether updates need a loss."""
         self._uses_loss = uses_loss
         if uses_loss:
+            tell_inner_optimizers()
             # A custom loop may observe a loss before the first update builds the slots.
             self.observed_loss = self._add_state("observed_loss", NO_LOSS, keras.config.floatx())
             self.update_loss = self.observed_loss
@@ -97,7 +100,8 @@ class ObservesLoss(keras.optimizers.Optimizer):
         if not known:
             raise ValueError(
                 "NLCG has not seen the loss of this update. Call `optimizer.observe_loss(loss)` "
-                "before the gradients are applied. Without a loss work "
-                "`update_rule='fletcher_reeves'` or 'polak_ribiere' with `line_search=None`. "
+                "before the gradients are applied, or `scale_loss` in a `train_step` of your own. "
+                "Without a loss work `line_search=None` and `update_rule='momentum'`, "
+                "'fletcher_reeves' or 'polak_ribiere'. "
                 f"Received: update_rule={self.update_rule!r}, line_search={self.line_search!r}"
             )

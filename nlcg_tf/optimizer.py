@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from nlcg_tf import composed, direction, fused, loss_scaling
+from nlcg_tf import composed, direction, fused
 from nlcg_tf import line_search as line_searches
 from nlcg_tf import preconditioner as preconditioners
 from nlcg_tf.accumulation import CountsUpdates
@@ -20,7 +20,6 @@ from nlcg_tf.observed_loss import ObservesLoss
 from nlcg_tf.reductions import are_divided
 from nlcg_tf.saving import KnowsItsLayout
 
-loss_scaling.forward_loss_to_inner_optimizer()
 logger = logging.getLogger("nlcg_tf")
 
 
@@ -147,11 +146,12 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         """Creates the slots and scalars.
 
         Raises:
-            ValueError: for a variable of integers or complex numbers, by name, and for a state of
-                the preconditioner that does not fit.
+            ValueError: for a variable of integers or complex numbers, and for one that stands twice
+                in the list, by name; and for a state of the preconditioner that does not fit.
         """
         if self.built:
             return
+        _check_distinct(var_list)
         for v in var_list:
             if "float" not in keras.backend.standardize_dtype(v.dtype):
                 raise ValueError(
@@ -246,6 +246,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         """Left to the update, so that a skipped update leaves the weights alone."""
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        _check_distinct(trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
         weight_decays = [
             self.weight_decay if self.weight_decay and self._use_weight_decay(v) else 0.0
@@ -335,3 +336,14 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         """The reverse of `get_config`; `custom_objects` maps names to classes of your own."""
         with keras.saving.custom_object_scope(custom_objects or {}):
             return super().from_config(dict(config), custom_objects)
+
+
+def _check_distinct(variables):
+    seen = set()
+    for v in variables:
+        if id(v) in seen:
+            raise ValueError(
+                f"Variable '{getattr(v, 'path', v.name)}' is given twice. The gradient of a weight "
+                "that is used in several places is one sum: give the variable once"
+            )
+        seen.add(id(v))

@@ -56,7 +56,8 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
         if "layout" not in store.keys():
             raise ValueError(
                 f"The saved state of optimizer '{self.name}' does not say which settings it "
-                "belongs to: an older version of nlcg_tf saved it, or another optimizer."
+                "belongs to. Save it by `optimizer.save_own_variables(store)`, which adds them; a "
+                "list of variables, another optimizer and older versions of nlcg_tf do not."
             )
         layout, own = json.loads(np.asarray(store["layout"]).tobytes()), self._layout()
         other = [

@@ -9,12 +9,25 @@ import sys
 
 from absl import flags
 
+from trainers.engine.files import path_of
 from trainers.optimizers.choice import OPTIMIZERS, from_flags, trained
 
 FLAGS = flags.FLAGS
 DECISIVE = []
 # Of these two, which one program has each, older run folders do not say that they are free.
 FREE = ["download", "max_corrupt_examples"]
+
+
+class _PathParser(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, argument):
+        return str(path_of(argument))
+
+
+def define_path(name, help):
+    """Defines a flag whose value is a path, `None` by default."""
+    flags.DEFINE(_PathParser(), name, None, help, serializer=flags.ArgumentSerializer())
 
 
 def decides(name):
@@ -30,9 +43,7 @@ def free(name):
     return name
 
 
-flags.DEFINE_string(
-    free("data_dir"), None, "Folder of the data; TensorFlow Datasets' own by default."
-)
+define_path(free("data_dir"), "Folder of the data; TensorFlow Datasets' own by default.")
 flags.DEFINE_float(decides("weight_decay"), 1e-4, "Factor of sum(w^2) in the loss.", lower_bound=0)
 flags.DEFINE_float(
     decides("learning_rate_factor"), 1.0, "Factor on the schedule's peak rate.", lower_bound=1e-12
@@ -99,9 +110,7 @@ flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=2**32 - 1,
 )
-flags.DEFINE_string(
-    free("output_dir"), None, "Run folder; by default one named by the flags in runs/."
-)
+define_path(free("output_dir"), "Run folder; by default one named by the flags in runs/.")
 flags.DEFINE_integer(
     free("checkpoint_steps"),
     None,

@@ -22,8 +22,24 @@ class Averaging(CountsUpdates):
     def apply(self, grads, trainable_variables=None):
         grads = list(grads)
         self._compare(grads, trainable_variables)
+        self._count_updates_without_average(self._without_average + 1)
         with shared_by(share):
-            super().apply(grads, trainable_variables)
+            self._apply_with_average(grads, trainable_variables)
+        # A graph is traced with all that any of its calls may do.
+        most = (self.gradient_accumulation_steps or 1) if tf.executing_eagerly() else 1
+        if self._without_average >= most:
+            raise RuntimeError(
+                f"{type(self).__name__} has updated its variables without averaging the gradients "
+                "over the workers, which would train apart: its `apply` does not come to Keras' "
+                "`_clip_gradients`, as that of an optimizer that hands its gradients to others. "
+                "Distribute one that updates all variables itself."
+            )
+
+    def _apply_with_average(self, grads, trainable_variables):
+        super().apply(grads, trainable_variables)
+
+    def _count_updates_without_average(self, count):
+        object.__setattr__(self, "_without_average", count)
 
     def _compare(self, grads, variables):
         """Refuses what would make the workers wait for each other for ever, in the first update.
@@ -31,6 +47,13 @@ class Averaging(CountsUpdates):
         Elastic workers are not compared: one that joins has a first update of its own.
         """
         _check_context()
+        for variable in self._trainable_variables if variables is None else variables:
+            if getattr(variable, "overwrite_with_gradient", False):
+                raise ValueError(
+                    f"Variable '{name_of(variable)}' is overwritten with its gradient, as the "
+                    "scales of float8 are. Such gradients are not averaged, and the workers would "
+                    "train apart. Use another precision with several workers."
+                )
         if self._are_compared or os.environ.get("HOROVOD_ELASTIC") == "1":
             return
         variables = self._trainable_variables if variables is None else list(variables)
@@ -48,6 +71,7 @@ class Averaging(CountsUpdates):
         object.__setattr__(self, "_are_compared", True)
 
     def _reduce(self, grads, optimizer):
+        self._count_updates_without_average(0)
         dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
         extra = self._averaged_scalars(optimizer)
         averages = average(
@@ -81,10 +105,8 @@ class Averaging(CountsUpdates):
 class AveragingLossScale(Averaging):
     """Averages before the gradients are checked, so that all workers skip the same updates."""
 
-    def apply(self, grads, trainable_variables=None):
-        grads = list(grads)
-        self._compare(grads, trainable_variables)
-        super().apply(self._reduce(grads, self.inner_optimizer), trainable_variables)
+    def _apply_with_average(self, grads, trainable_variables):
+        super()._apply_with_average(self._reduce(grads, self.inner_optimizer), trainable_variables)
 
 
 def _check_context():

@@ -1,8 +1,11 @@
 """Keras callbacks for several workers."""
 
+import warnings
+
 import horovod.tensorflow as hvd
 import keras
 
+from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import (
     average_moving_statistics,
     broadcast,
@@ -10,7 +13,8 @@ from nlcg_tf.horovod.collectives import (
     shared,
     sum_metrics,
 )
-from nlcg_tf.horovod.watch import Watch
+from nlcg_tf.horovod.sharding import AgreeingLossScale
+from nlcg_tf.horovod.watch import A_STEP, Watch, entering
 
 
 class BroadcastVariables(keras.callbacks.Callback):
@@ -33,6 +37,12 @@ class BroadcastVariables(keras.callbacks.Callback):
                 f"`fit`. Received: model={self.model.name!r}"
             )
         optimizer = self.model.optimizer
+        if hvd.size() > 1 and not isinstance(optimizer, (Averaging, AgreeingLossScale)):
+            warnings.warn(
+                f"{type(optimizer).__name__} is no `DistributedOptimizer`: unless a train step of "
+                "your own averages the gradients, the workers train apart",
+                stacklevel=2,
+            )
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         variables = [*self.model.variables, *optimizer.variables]
@@ -59,8 +69,9 @@ class WatchWorkers(keras.callbacks.Callback):
             less than the 30 seconds of silence after which Gloo ends the training.
 
     Raises:
-        ValueError: on all workers, when training begins, if their numbers of epochs, or of steps
-            in an epoch where `fit` knows them, differ.
+        ValueError: on all workers: when training begins, if their numbers of epochs, their first
+            epochs, their micro-steps of an update, their steps of an execution, or of an epoch
+            where `fit` knows them, differ; and where one stops and others go on.
     """
 
     def __init__(self, seconds: float = 20.0) -> None:
@@ -68,26 +79,49 @@ class WatchWorkers(keras.callbacks.Callback):
         self.seconds, self._watch = seconds, None
 
     def on_train_begin(self, logs=None):
-        self.on_train_end()  # of a training that was interrupted: Keras does not tell
-        known = {name: self.params.get(name) for name in ("epochs", "steps")}
-        for name in known:
-            values = [other[name] for other in hvd.allgather_object(known)]
-            if len(set(values) - {None}) > 1:
-                each = ", ".join(f"worker {rank}: {n}" for rank, n in enumerate(values))
-                what = "epochs" if name == "epochs" else "steps in an epoch"
-                raise ValueError(
-                    f"The workers differ in their number of {what} ({each}): some would wait for "
-                    "the others for ever. Give each as many, with `steps_per_epoch` say."
-                )
+        self._close()  # the watch of a training that was interrupted: Keras does not tell
+        steps = getattr(self.model.optimizer, "gradient_accumulation_steps", None)
+        _compare(
+            {
+                "number of epochs": self.params.get("epochs"),
+                "number of steps in an epoch": self.params.get("steps"),
+                "`steps_per_execution`": self.model.steps_per_execution,
+                "`gradient_accumulation_steps`": steps or 1,
+            }
+        )
         self._watch = Watch(self.seconds).__enter__()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        with entering("for the next epoch"):
+            _compare({"next epoch": epoch})
 
     def on_train_batch_begin(self, batch, logs=None):
         self._watch.tick()
+        self._watch.place = A_STEP
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._watch.place = ""
 
     def on_train_end(self, logs=None):
+        with entering("for the next epoch"):
+            _compare({"next epoch": "none, it has stopped"})
+        self._close()
+
+    def _close(self):
         if self._watch is not None:
             self._watch.__exit__(None, None, None)
             self._watch = None
+
+
+def _compare(values):
+    """Raises a ValueError on all workers if they differ in a value, `None` being none."""
+    for what, others in zip(values, zip(*hvd.allgather_object(list(values.values())))):
+        if len(set(others) - {None}) > 1:
+            each = ", ".join(f"worker {rank}: {value}" for rank, value in enumerate(others))
+            raise ValueError(
+                f"The workers differ in their {what} ({each}): some would wait for the others for "
+                "ever. Give all the same, and stop all together."
+            )
 
 
 class AverageMovingStatistics(keras.callbacks.Callback):
@@ -97,10 +131,12 @@ class AverageMovingStatistics(keras.callbacks.Callback):
     """
 
     def on_test_begin(self, logs=None):
-        average_moving_statistics(self.model)
+        with entering("before a test"):
+            average_moving_statistics(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
-        average_moving_statistics(self.model)
+        with entering("at the end of an epoch"):
+            average_moving_statistics(self.model)
 
 
 class SumMetrics(keras.callbacks.Callback):
@@ -114,13 +150,16 @@ class SumMetrics(keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         # Evaluation resets the metrics before the end of the epoch is told.
-        self._training = sum_metrics(self.model)
+        with entering("before a test"):
+            self._training = sum_metrics(self.model)
 
     def on_test_end(self, logs=None):
-        self._evaluation = sum_metrics(self.model)
+        with entering("after a test"):
+            self._evaluation = sum_metrics(self.model)
 
     def on_epoch_end(self, epoch, logs=None):
-        results = dict(self._training or sum_metrics(self.model))
+        with entering("at the end of an epoch"):
+            results = dict(self._training or sum_metrics(self.model))
         results.update({f"val_{name}": value for name, value in self._evaluation.items()})
         if logs is not None:
             logs.update({name: results[name] for name in results if name in logs})

@@ -10,6 +10,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from nlcg_tf.horovod.watch import entering
+
+# What stands for numbers that Horovod does not know.
+WORDS = {tf.bfloat16: tf.uint16, tf.complex64: tf.float32, tf.complex128: tf.float64}
+WORDS |= {tf.uint32: tf.int32, tf.uint64: tf.int64}
+
 
 def average(tensors: Sequence[Any]) -> list[Any]:
     """Averages over the workers: one grouped all-reduce, or one for each type of number."""
@@ -85,12 +91,12 @@ def broadcast_first(vector: Any) -> Any:
 
 
 def _words(x):
-    """Numbers as Horovod can send them: it does not know bfloat16."""
-    return tf.bitcast(x, tf.uint16) if x.dtype == tf.bfloat16 else x
+    """Numbers as Horovod can send them."""
+    return tf.bitcast(x, WORDS[x.dtype]) if x.dtype in WORDS else x
 
 
 def _numbers(words, dtype):
-    return tf.bitcast(words, dtype) if dtype == tf.bfloat16 else words
+    return tf.bitcast(words, dtype) if dtype in WORDS else words
 
 
 def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
@@ -100,7 +106,13 @@ def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
         variables: list of Keras or TensorFlow variables, equal in number, order and shapes. A
             sharded optimizer's slots, of which each worker has its own part, stay as they are.
     """
-    hvd.broadcast_variables(plain(shared(variables)), root_rank)
+    variables = plain(shared(variables))
+    with entering("in a broadcast"):
+        hvd.broadcast_variables([v for v in variables if v.dtype not in WORDS], root_rank)
+        for i, v in enumerate(variables):
+            if v.dtype in WORDS:
+                words = hvd.broadcast(_words(v), root_rank, name=f"Horovod_broadcast_{i}")
+                v.assign(_numbers(words, v.dtype))
 
 
 def shared(variables):
@@ -116,7 +128,8 @@ def plain(variables):
 def sum_over_workers(values: Sequence[float]) -> list[float]:
     """Sums a list of numbers over all workers in float64 (integers are exact up to 2^53)."""
     values = tf.constant(values, tf.float64)
-    return hvd.allreduce(values, op=hvd.Sum, name="Horovod_sum").numpy().tolist()
+    with entering("in a sum"):
+        return hvd.allreduce(values, op=hvd.Sum, name="Horovod_sum").numpy().tolist()
 
 
 def sum_metrics(model: keras.Model) -> Any:
@@ -161,8 +174,9 @@ def average_moving_statistics(model: keras.Model) -> None:
         return
     own = tf.concat([tf.reshape(tf.cast(v, tf.float64), [-1]) for v in statistics], axis=0)
     # The mean of three equal numbers need not be that number; that of three zeros is zero.
-    first = hvd.broadcast(own, 0, name="Horovod_first_statistics")
-    mean = first + hvd.allreduce(own - first, op=hvd.Average, name="Horovod_statistics")
+    with entering("in a mean of moving statistics"):
+        first = hvd.broadcast(own, 0, name="Horovod_first_statistics")
+        mean = first + hvd.allreduce(own - first, op=hvd.Average, name="Horovod_statistics")
     sizes = [v.shape.num_elements() for v in plain(statistics)]
     for variable, part in zip(statistics, tf.split(mean, sizes)):
         variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
@@ -181,7 +195,8 @@ def check_identical(variables: Sequence[Any]) -> None:
     variables = shared(variables)
     digests = [hashlib.sha256(np.asarray(v).tobytes()).digest()[:8] for v in variables]
     own = np.frombuffer(b"".join(digests), np.int64)
-    all_digests = hvd.allgather(tf.constant(own[None]), name="Horovod_check").numpy()
+    with entering("in a comparison of variables"):
+        all_digests = hvd.allgather(tf.constant(own[None]), name="Horovod_check").numpy()
     differs = (all_digests != all_digests[0]).any(axis=0)
     if differs.any():
         first = int(differs.argmax())
@@ -189,7 +204,8 @@ def check_identical(variables: Sequence[Any]) -> None:
         raise RuntimeError(
             f"The workers have drifted apart: variable '{name_of(variables[first])}' on worker(s) "
             f"{workers} differs from that on worker 0 ({int(differs.sum())} of {len(variables)} "
-            "variables differ). Were all variables broadcast, and is every gradient averaged?"
+            "variables differ). Broadcast all variables first, average every gradient, and give "
+            "all workers the same learning rates."
         )
 
 

@@ -42,9 +42,10 @@ def DistributedOptimizer(
     Raises:
         ValueError: for another argument, an optimizer that is distributed already, or a
             combination that would let the workers train apart.
-        RuntimeError: by a training step compiled by XLA, which has no Horovod kernels.
+        RuntimeError: by a training step compiled by XLA, which has no Horovod kernels; by the first
+            one, on all workers, if the class of `optimizer` updates without coming to the average.
         ValueError: by the first training step, on all workers, if a variable has a gradient on some
-            of them only.
+            of them only, or is overwritten with its gradient (float8).
     """
     _check(optimizer, compression, average_with, shard)
     inner = getattr(optimizer, "inner_optimizer", None)
@@ -59,6 +60,7 @@ def DistributedOptimizer(
     object.__setattr__(target, "_wire_dtype", COMPRESSIONS[compression])
     object.__setattr__(target, "_average_with", tuple(average_with))
     object.__setattr__(target, "_are_compared", False)
+    object.__setattr__(target, "_without_average", 0)
     return optimizer
 
 
@@ -66,7 +68,15 @@ def _exchange_class(optimizer, base):
     cls = type(optimizer)
     # Keras writes `optimizer.__class__` into a saved model: there it must find the plain class.
     members = {"__class__": property(lambda self: cls), "__doc__": cls.__doc__}
+    members.update(from_config=cls.from_config, __reduce_ex__=_refuse_copies)
     optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
+
+
+def _refuse_copies(self, protocol):
+    raise TypeError(
+        "A copy of a distributed optimizer would be a plain one, and the workers would train "
+        "apart. Copy by `type(optimizer).from_config(optimizer.get_config())`, and distribute that."
+    )
 
 
 def _check(optimizer, compression, average_with, shard):

@@ -294,6 +294,7 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
 
     def _reduce(self, grads, optimizer):
         """This worker's parts of the mean gradients, in place of the gradients."""
+        self._count_updates_without_average(0)
         extra = self._averaged_scalars(optimizer)
         if extra:
             means = average([tf.convert_to_tensor(x) for x in extra])

@@ -12,7 +12,26 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
-MESSAGE = struct.Struct("!16sqq")  # key of the job, rank, ticks
+# Key of the job, rank or `END`, steps, and moves; behind it the place, or why all are to end.
+MESSAGE = struct.Struct("!16sqqq")
+END = -1
+A_STEP = "in a training step"
+# Where this worker is in its callbacks and operations, from the outermost to the innermost.
+_places: list[str] = []
+_moves = 0
+
+
+@contextlib.contextmanager
+def entering(place):
+    """Context in which this worker waits for the others; a `Watch` compares where each does."""
+    global _moves
+    _places.append(place)
+    _moves += 1
+    try:
+        yield
+    finally:
+        _places.pop()
+        _moves += 1
 
 
 def is_communication_error(error):
@@ -23,7 +42,9 @@ def is_communication_error(error):
 
 
 class Watch:
-    """Context in which a worker that hangs is named on stderr; a warning, nothing is ended.
+    """Context in which a worker that hangs is named on stderr.
+
+    Mostly that is a warning, and nothing is ended.
 
     Every worker counts its steps with `tick()`, and a thread of it sends the count to worker 0 by
     UDP. Where the count of worker 0 stands still, it names the workers that are behind it (busy, or
@@ -31,6 +52,10 @@ class Watch:
     the same for worker 0. They do so too when communication fails, which Gloo lets happen after 30
     seconds of silence. (Under Gloo the stall check of Horovod 0.28 itself reports nothing: its
     list of the ranks stays empty.)
+
+    Workers of which one waits in one place of the program, and another one in another place, would
+    wait for ever. There all say so and end: Horovod is shut down, which raises an error in whatever
+    waits. (Elastic workers are warned only.)
 
     All workers must enter it together.
 
@@ -42,6 +67,7 @@ class Watch:
         self.seconds = seconds
         self.beat = seconds / 6
         self.ticks = 0
+        self.place = ""  # where this worker is, if that is a place in which it may wait
 
     def tick(self) -> None:
         """To be called in each step, by all workers alike."""
@@ -60,6 +86,8 @@ class Watch:
         now = time.monotonic()
         others = range(1, len(self._hosts)) if self._rank == 0 else [0]
         self._heard = dict.fromkeys(others, (now, 0))  # of each: when last, and its ticks
+        self._stands = {}  # of each: since when, its moves, its place
+        self._addresses = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -87,6 +115,8 @@ class Watch:
                 sent = now
                 self._send(self._worker_0)
             self._receive()
+            if self._rank == 0:
+                self._compare_places(now)
             if self.ticks != ticks:
                 moved, ticks = now, self.ticks
             elif now - moved > self.seconds and self._rank < 2:
@@ -97,18 +127,59 @@ class Watch:
 
     def _send(self, address):
         with contextlib.suppress(OSError):  # a name that is not known yet, a full buffer
-            self._socket.sendto(MESSAGE.pack(self._key, self._rank, self.ticks), address)
+            message = MESSAGE.pack(self._key, self._rank, self.ticks, _moves)
+            self._socket.sendto(message + self._own_place().encode(), address)
+
+    def _own_place(self):
+        return ": ".join(_places) or self.place
 
     def _receive(self):
         try:
-            message, address = self._socket.recvfrom(64)
-            key, rank, ticks = MESSAGE.unpack(message)
+            message, address = self._socket.recvfrom(2048)
+            key, rank, ticks, moves = MESSAGE.unpack_from(message)
+            text = message[MESSAGE.size :].decode(errors="replace")
         except (OSError, struct.error):
             return
-        if key == self._key and rank in self._heard:
+        if key != self._key:
+            return
+        if rank == END:
+            _say(text, "error")
+            self._ended.set()
+        elif rank in self._heard:
             self._heard[rank] = time.monotonic(), ticks
+            self._note_place(rank, (ticks, moves), text)
             if self._rank == 0:
+                self._addresses[rank] = address
                 self._send(address)
+
+    def _note_place(self, rank, count, place):
+        if self._stands.get(rank, (0, None, None))[1:] != (count, place):
+            self._stands[rank] = time.monotonic(), count, place
+
+    def _compare_places(self, now):
+        """On worker 0: ends all workers if some wait in different places."""
+        self._note_place(0, (self.ticks, _moves), self._own_place())
+        waiting = {
+            rank: place
+            for rank, (since, _, place) in sorted(self._stands.items())
+            if place and now - since > self.seconds
+        }
+        if len(set(waiting.values())) < 2:
+            return
+        each = ", ".join(f"worker {rank} waits {place}" for rank, place in waiting.items())
+        text = f"the workers wait for each other for ever: {each}"
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            _say(text)
+            self._stands.clear()
+            return
+        _say(text, "error")
+        for address in self._addresses.values():
+            with contextlib.suppress(OSError):
+                message = MESSAGE.pack(self._key, END, 0, 0) + text.encode()
+                self._socket.sendto(message, address)
+        self._ended.set()
+        time.sleep(1)  # so that all have said it before they end
+        hvd.shutdown()
 
     def _missing(self):
         """The workers that this one waits for, in words; an empty string if there are none."""
@@ -122,5 +193,5 @@ class Watch:
         return ", ".join(found)
 
 
-def _say(line):
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+def _say(line, kind="warning"):
+    print(f"{kind}: {line}", file=sys.stderr, flush=True)

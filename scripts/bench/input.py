@@ -28,6 +28,7 @@ import tensorflow as tf
 
 from scripts.shared.timing import machine, ratio, show_ratio, turns, write_json
 from trainers.data import decode, sources
+from trainers.engine.files import path_of
 from trainers.engine.folder import read_metrics
 from trainers.engine.plan import make_plan
 
@@ -202,7 +203,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = ("input", "training")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--data_dir", help="folder with train/ and validation/ of class folders")
+    parser.add_argument(
+        "--data_dir", type=path_of, help="with train/ and validation/ of class folders"
+    )
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=4, help="of each pipeline in each round")
@@ -210,7 +213,7 @@ def main():
     parser.add_argument("--training_image_size", type=int, default=64)
     parser.add_argument("--training_batch", type=int, default=16)
     parser.add_argument("--training_repeats", type=int, default=3, help="rounds")
-    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--json", type=path_of, help="file for all figures")
     arguments = parser.parse_args()
     result = {"machine": machine()}
     print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")

@@ -19,7 +19,7 @@ from scripts.curvature.statistics import (
     target_loss,
     worst_runs,
 )
-from trainers.engine.folder import write
+from trainers.engine.files import write
 
 
 def _show(values, digits=3):

@@ -16,14 +16,12 @@ same command again. In the end come table.md and the figures (report.py).
 
 import argparse
 import contextlib
-import fcntl
 import itertools
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import pathlib
 import shlex
 import signal
 import sys
@@ -33,6 +31,8 @@ import tqdm
 from scripts.curvature.ablation import KNOWN
 from scripts.curvature.statistics import POINTS, SEARCH_SEEDS, best_rate
 from scripts.shared.timing import machine
+from trainers.engine import files
+from trainers.engine.files import path_of
 
 # Gradient evaluations of a run: the budget.
 UPDATES = {
@@ -168,9 +168,8 @@ def open_log(path):
     Returns:
         The file, and the records in it.
     """
-    file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = files.lock(path)
     except BlockingIOError:
         sys.exit(f"error: another study is at work on {path}")
     file.seek(0)
@@ -185,7 +184,7 @@ def parsed_options(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m scripts.curvature", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("--folder", default="runs/curvature", help="for all that is written")
+    parser.add_argument("--folder", type=path_of, default="runs/curvature", help="of all files")
     parser.add_argument("--problems", nargs="+", choices=UPDATES, default=list(UPDATES))
     parser.add_argument("--optimizers", nargs="+", choices=KNOWN, default=STUDIED)
     parser.add_argument("--jobs", type=int, default=2, help="worker processes, one thread each")
@@ -264,7 +263,7 @@ class Study:
 
 def main(arguments=None):
     options = parsed_options(arguments)
-    folder = pathlib.Path(options.folder)
+    folder = options.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log, records = open_log(folder / "runs.jsonl")

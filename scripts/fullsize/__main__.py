@@ -17,14 +17,14 @@ that cannot be run.
 import argparse
 import json
 import os
-import pathlib
 import sys
 import time
 
 os.environ["KERAS_BACKEND"] = "jax"
 
 from scripts.fullsize import data as data_files
-from trainers.engine.folder import SUMMARY, write
+from trainers.engine.files import path_of, write
+from trainers.engine.folder import SUMMARY
 from trainers.engine.preemption import EXIT_STATUS as SAVED
 
 RUNS = "runs.json"
@@ -38,12 +38,12 @@ def parsed_options(words=None):
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--export", type=pathlib.Path, metavar="DIR", help="write data and runs")
+    parser.add_argument("--export", type=path_of, metavar="DIR", help="write data and runs")
     parser.add_argument("--dataset", default="cifar100", help="with --export")
-    parser.add_argument("--data_dir", help="with --export: folder of TensorFlow Datasets")
-    parser.add_argument("--config", type=pathlib.Path, required=True, help="definition of the runs")
-    parser.add_argument("--data", type=pathlib.Path, help="what --export wrote")
-    parser.add_argument("--folder", type=pathlib.Path, help="of the run folders")
+    parser.add_argument("--data_dir", type=path_of, help="with --export: of TensorFlow Datasets")
+    parser.add_argument("--config", type=path_of, required=True, help="definition of the runs")
+    parser.add_argument("--data", type=path_of, help="what --export wrote")
+    parser.add_argument("--folder", type=path_of, help="of the run folders")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="end after the epoch in which they pass"
     )

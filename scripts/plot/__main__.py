@@ -15,7 +15,6 @@ rate on ImageNet at that batch size, and needs no runs.
 """
 
 import argparse
-import pathlib
 import sys
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from scripts.plot import figures, tables
 from scripts.shared import runs as run_folders
 from scripts.shared.style import styles
+from trainers.engine.files import path_of
 
 IMAGENET_EXAMPLES = 1281167
 
@@ -93,9 +93,13 @@ def main():
         prog="python -m scripts.plot", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "folders", nargs="*", metavar="FOLDER", help="holds runs, at any depth; or a runs.csv"
+        "folders",
+        nargs="*",
+        type=path_of,
+        metavar="FOLDER",
+        help="holds runs, at any depth; or a runs.csv",
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the figures")
+    parser.add_argument("--out", type=path_of, required=True, help="folder of the figures")
     parser.add_argument("--schedule", type=int, metavar="BATCH", help="draw ImageNet's schedule")
     parser.add_argument(
         "--epochs", type=int, nargs="+", default=[90, 150, 180], help="with --schedule: lengths"

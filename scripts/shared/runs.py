@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pandas as pd
 
+from trainers.engine.files import write
 from trainers.engine.folder import (
     BOARD,
     CHECKPOINTS,
@@ -15,7 +16,6 @@ from trainers.engine.folder import (
     SUMMARY,
     read_flags,
     read_json,
-    write,
 )
 from trainers.engine.folder import read_metrics as read_records
 from trainers.flags import FREE

@@ -1,8 +1,5 @@
 """How all figures look: readable in print, and by colour-blind readers."""
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from trainers.optimizers.choice import (

@@ -26,7 +26,6 @@ their state.
 """
 
 import argparse
-import fcntl
 import pathlib
 import shlex
 import shutil
@@ -34,6 +33,8 @@ import sys
 
 from scripts.sweep import definition as definitions
 from scripts.sweep.processes import ROOT, Sweep
+from trainers.engine import files
+from trainers.engine.files import path_of
 from trainers.optimizers.choice import OPTIMIZERS, flags_of, trained
 
 SLURM = """\
@@ -68,12 +69,10 @@ def lock(folder, shared):
     Returns:
         The file that holds the lock while it is open.
     """
-    file = (folder / ".lock").open("w")
     try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return files.lock(folder / ".lock", shared)
     except BlockingIOError:
         raise ValueError(f"another sweep is using --folder={folder}") from None
-    return file
 
 
 def write_slurm(path, folder, count, discard_checkpoints, retry_failed):
@@ -105,8 +104,8 @@ def parsed_options(words):
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="of the whole sweep")
-    parser.add_argument("--config", help="YAML file with the definition")
+    parser.add_argument("--folder", type=path_of, required=True, help="of the whole sweep")
+    parser.add_argument("--config", type=path_of, help="YAML file with the definition")
     parser.add_argument("--optimizers", nargs="+", choices=comparable())
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="global batches")
     parser.add_argument("--epochs", type=int, nargs="+", help="lengths of a run")
@@ -117,7 +116,7 @@ def parsed_options(words):
     parser.add_argument(
         "--discard-checkpoints", action="store_true", help="of runs that have finished"
     )
-    parser.add_argument("--slurm", metavar="FILE", help="write a SLURM array script, run nothing")
+    parser.add_argument("--slurm", type=path_of, metavar="FILE", help="write a SLURM array script")
     parser.add_argument("--index", type=int, help="run this one alone, counted from 0")
     end = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:end])

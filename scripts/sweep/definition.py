@@ -7,7 +7,8 @@ import re
 import yaml
 
 from scripts.shared.runs import AXES, SWEEP_FILE
-from trainers.engine.folder import FLAGS, read_json, write
+from trainers.engine.files import write
+from trainers.engine.folder import FLAGS, read_json
 from trainers.flags import FREE
 from trainers.optimizers.choice import OPTIMIZERS, flags_of
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import itertools
 import json
 import os
@@ -16,7 +15,9 @@ import time
 from tqdm import tqdm
 
 from scripts.shared import runs
-from trainers.engine.folder import CHECKPOINTS, SUMMARY, read_json, write
+from trainers.engine import files
+from trainers.engine.files import write
+from trainers.engine.folder import CHECKPOINTS, SUMMARY, read_json
 from trainers.engine.preemption import EXIT_STATUS as SAVED
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -97,8 +98,7 @@ class Sweep:
 
     def _write_table(self):
         # The tasks of a SLURM array write it too: none may replace a newer view by its own.
-        with (self.folder / ".table.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.lock(self.folder / ".table.lock", wait=True):
             runs.write_csv(runs.read_runs([self.folder]), self.folder / "runs.csv")
 
     def _discard(self, name):
@@ -175,10 +175,10 @@ def wait_until_free(folder, seconds=30):
     """Waits for the last run in a folder: a launcher's workers outlive a killed sweep a little."""
     lock = folder / ".lock"
     for _ in range(10 * seconds):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
         if not lock.exists():
+            return
+        with contextlib.suppress(BlockingIOError):
+            files.lock(lock).close()
             return
         time.sleep(0.1)
 

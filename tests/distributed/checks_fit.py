@@ -1,5 +1,7 @@
 """What two Horovod workers must agree on in `fit` and its callbacks; run by run_checks.py."""
 
+import warnings
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -115,6 +117,12 @@ def check_unequal_work_is_refused():
     callbacks = [hvd.WatchWorkers(), hvd.BroadcastVariables()]
     fit = lambda: model.fit(x, y, batch_size=8, callbacks=callbacks, verbose=0)  # noqa: E731
     expect(ValueError, r"steps in an epoch \(worker 0: 3, worker 1: 2\)", fit)
+    one = {"initial_epoch": hvd.rank(), "epochs": 2, "callbacks": callbacks, "verbose": 0}
+    expect(ValueError, r"next epoch \(worker 0: 0, worker 1: 1\)", model.fit, x[:8], y[:8], **one)
+    model.compile(optimizer=keras.optimizers.SGD(), loss="mse")
+    with warnings.catch_warnings(record=True) as caught:
+        model.fit(x[:8], y[:8], callbacks=callbacks, verbose=0)
+    assert any("SGD is no `DistributedOptimizer`" in str(w.message) for w in caught)
     variables = [keras.Variable([1.0], name=name) for name in ("a", "b")]
     gradients = [tf.constant([1.0]), None if hvd.rank() else tf.constant([1.0])]
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())

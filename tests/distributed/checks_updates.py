@@ -5,6 +5,8 @@ its own part of the batch with the distributed one. One process runs all checks:
 costs more than any of them.
 """
 
+import copy
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -239,6 +241,36 @@ def check_what_is_refused():
     model = regression_model()
     model.compile(optimizer=distributed, loss="mse", jit_compile=True)
     expect(RuntimeError, "jit_compile=False", lambda: model.fit(x, y, verbose=0))
+
+
+def check_an_optimizer_that_averages_nothing_is_refused():
+    """Whatever hands its gradients to others, and what is overwritten with its gradient."""
+
+    class Own(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            for variable, gradient in zip(trainable_variables, grads):
+                variable.assign_sub(gradient)
+
+    variable, gradient = keras.Variable([1.0], name="v"), tf.constant([1.0])
+    own = hvd.DistributedOptimizer(Own())
+    own.build([variable])
+    apply = lambda: own.apply([gradient], [variable])  # noqa: E731
+    expect(RuntimeError, "DistributedOwn.*without averaging", tf.function(apply))
+    assert variable.numpy() == [1.0]
+    expect(RuntimeError, "DistributedOwn.*without averaging", apply)
+    sgd = hvd.DistributedOptimizer(keras.optimizers.SGD(gradient_accumulation_steps=2))
+    for _ in range(4):
+        sgd.apply([gradient], [variable])
+    variable.overwrite_with_gradient = True
+    expect(ValueError, "'v' is overwritten with its gradient", sgd.apply, [gradient], [variable])
+    expect(TypeError, "copy of a distributed", copy.deepcopy, own)
+
+
+def check_numbers_that_horovod_does_not_know_are_broadcast():
+    for dtype in ("bfloat16", "complex64", "uint32", "float16"):
+        variable = tf.Variable(tf.cast([1 + hvd.rank(), 2], dtype))
+        hvd.broadcast([variable], root_rank=1)
+        assert (variable.numpy() == tf.cast([2, 2], dtype).numpy()).all(), dtype
 
 
 def check_bfloat16_variables():

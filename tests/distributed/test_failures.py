@@ -16,7 +16,9 @@ SCRIPT = pathlib.Path(__file__).with_name("failing.py")
     [
         ("raises", 1, 1, "[1]<stderr>:ValueError: this worker's own error"),
         ("is frozen", 1, 1, "warning: communication failed: worker 1 on "),
-        ("fits less", 1, 1, "[0]<stderr>:warning: no progress for 3 s: worker 1 on "),
+        ("fits less", 1, 1, "worker 0 waits in a training step, worker 1 waits for the next epoch"),
+        ("validates alone", 0, 1, "worker 0 waits after a test: in a sum, worker 1 waits in a "),
+        ("stops alone", 1, 1, "a training step, worker 1 waits at the end of an epoch: in a sum"),
         ("is busy", 0, 0, "[1]<stderr>:warning: no progress for 3 s: worker 0 on "),
     ],
 )
@@ -25,3 +27,6 @@ def test_a_worker_that_fails_or_hangs(how, who, status, message):
     result = horovodrun(sys.executable, SCRIPT, how, who, HOROVOD_GLOO_TIMEOUT_SECONDS="5")
     assert result.returncode == status
     assert message in result.stderr, result.stderr[-4000:]
+    if " waits " in message:  # both end, and say why
+        begin = "<stderr>:error: the workers wait for each other for ever: "
+        assert all(f"[{worker}]{begin}" in result.stderr for worker in (0, 1))

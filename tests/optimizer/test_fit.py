@@ -166,6 +166,38 @@ def test_a_micro_step_that_overflows_has_no_part_in_the_mean_loss(dropped):
     assert inner.reals.numpy()[inner.real_names.index("previous_loss")] == 2.0
 
 
+class Wrapper(keras.optimizers.SGD):
+    """One of a user's own around another optimizer, with a scale."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.parts = {"inner": [inner]}
+
+    def scale_loss(self, loss):
+        return 4 * loss
+
+    def apply(self, grads, trainable_variables=None):
+        (inner,) = self.parts["inner"]
+        inner.apply([g / 4 for g in grads], trainable_variables)
+
+
+@pytest.mark.parametrize("wrapper", ["MultiOptimizer", "own"])
+def test_an_optimizer_inside_of_another_is_told_the_loss(wrapper):
+    """In `fit`, where nobody can call `observe_loss`."""
+    x, y = regression_data()
+    model, inner = regression_model(), paper_nlcg(0.05)
+    oracle = follow(model, inner, x, y)
+    if wrapper == "own":
+        outer = Wrapper(inner)
+    elif hasattr(keras.optimizers, "MultiOptimizer"):
+        outer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner))
+    else:
+        pytest.skip("this Keras has no MultiOptimizer")
+    fit(model, outer, x, y)
+    assert relative_difference(weights_of(model), oracle.w) < 1e-5
+    assert inner.diagnostics()["learning_rate_scale"] == pytest.approx(oracle.scale)
+
+
 def test_of_a_loss_that_is_told_twice_the_second_counts():
     variable, optimizer = keras.Variable([1.0]), paper_nlcg(0.1, gradient_accumulation_steps=2)
     for loss in (0.0, 2.0):

@@ -56,6 +56,40 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path):
         saved.newest(print)
 
 
+def test_a_checkpoint_is_copied_although_a_training_removes_it(tmp_path, monkeypatch):
+    """The first vanishes in between, the second is damaged."""
+    saved, copytree = Checkpoints(tmp_path / "run", keep=3), shutil.copytree
+    for update in (1, 2, 3):
+        saved.save(update, 0, {}, a=tf.Variable(1.0))
+    first, second, third = saved.all()
+    (second / "meta.json").write_text("{}")
+
+    def copy(source, target):
+        if source == third:
+            shutil.rmtree(third)
+        return copytree(source, target)
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    warnings = []
+    found = saved.copy_newest(tmp_path / "copies", warnings.append)
+    assert found == tmp_path / "copies" / first.name and (found / "state.index").is_file()
+    assert len(warnings) == 1 and f"{second} is damaged" in warnings[0]
+    assert Checkpoints(tmp_path / "none").copy_newest(tmp_path / "copies", print) is None
+
+
+def test_a_checkpoint_that_tensorflow_cannot_write_is_an_error_of_the_folder(tmp_path):
+    saved = Checkpoints(tmp_path)
+    (tmp_path / "partial-00000001-epoch-0000").mkdir()
+    saved.prepare()
+
+    class Unwritable(tf.train.Checkpoint):
+        def _serialize_to_tensors(self):
+            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    with pytest.raises(OSError, match=f"checkpoint {tmp_path}.*No space left on device"):
+        saved.save(1, 0, {}, a=Unwritable())
+
+
 @pytest.mark.parametrize(
     "how", ["cut", "changed", "gone", "meta cut", "meta gone", "meta changed", "no list"]
 )

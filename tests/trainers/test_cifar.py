@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
+import time
 
 from tests.support.launch import ROOT, TRAINER, records, run, run_each
 from tests.trainers import kill_test
@@ -44,6 +47,7 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path):
         "--dataset=digits comes with scikit-learn": ["--dataset=digits", "--data_dir=x"],
         "cifar100 is not prepared": ["--dataset=cifar100", "--data_dir=/nowhere"],
         "/dev/null/run": ["--output_dir=/dev/null/run"],
+        "gs://bucket/run is an address": ["--output_dir=gs://bucket/run"],
         "flag --checkpoint_steps=0": ["--checkpoint_steps=0"],
         "flag --epochs=0": ["--epochs=0"],
         "--image_size=5 does not divide the 8 pixels": ["--image_size=5"],
@@ -80,6 +84,18 @@ def test_the_users_keras_settings_do_not_matter(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_sigterm_counts_before_tensorflow_is_there(tmp_path):
+    command = [*TRAINER, "--epochs=1", f"--output_dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    status = pathlib.Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> 14 & 1:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM, state saved" in process.communicate()[0]
+    assert process.returncode == preemption.EXIT_STATUS
+    assert (tmp_path / "checkpoints" / "update-00000000-epoch-0000").is_dir()
+
+
 def test_the_same_command_goes_on(tmp_path):
     """After SIGTERM, which saves; but not with other flags, and not beyond the end."""
     folder = tmp_path / "run"
@@ -93,7 +109,9 @@ def test_the_same_command_goes_on(tmp_path):
     meanwhile = run(command)
     process.send_signal(signal.SIGCONT)
     assert meanwhile.returncode == 2 and "another run is using --output_dir" in meanwhile.stderr
-    process.send_signal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):  # the first one counts
+        process.send_signal(number)
+        time.sleep(0.02)
     assert "stopped by SIGTERM, state saved" in process.communicate()[0]
     assert process.returncode == preemption.EXIT_STATUS
     stopped_at = int(sorted((folder / "checkpoints").glob("update-*"))[-1].name[7:15])

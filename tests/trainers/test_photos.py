@@ -1,6 +1,7 @@
 """The pipelines of photos: right pixels, a fixed order, and damaged files."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -117,6 +118,17 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(folder):
     (folder / "train" / "class1" / "05.JPEG").unlink()
     with pytest.raises(OSError, match=r"class1/05\.JPEG.*No such file"):
         epoch(data, 1, 7, examples=21, batch=21)
+
+
+def test_names_may_be_no_utf8_and_a_broken_link_is_an_image_that_cannot_be_read(folder):
+    place = folder / "train" / "class1"
+    (place / "05.JPEG").rename(place / os.fsdecode(b"caf\xe9.JPEG"))
+    epoch(sources.open_folder(folder, SIZE), 1, 7, examples=21, batch=21)
+    (place / "99.JPEG").symlink_to("/nowhere/x.JPEG")
+    data = sources.open_folder(folder, SIZE)
+    assert data.examples == 22
+    with pytest.raises(OSError, match=r"class1/99\.JPEG.*No such file"):
+        epoch(data, 1, 11, examples=22, batch=22)
 
 
 def test_damage_inside_a_file_ends_in_an_image_or_an_error():

@@ -42,14 +42,16 @@ class Folder:
                 for entry in os.scandir(path / name)
                 if entry.name.lower().endswith(EXTENSIONS)
                 and entry.name[0] != "."
-                and entry.is_file()
+                # Not left out: a link to what is not there is an image that cannot be read.
+                and not entry.is_dir()
             )
             if not files:
                 raise ValueError(f"{path / name} holds no images ({', '.join(EXTENSIONS)})")
-            names += [f"{name}/{file}" for file in files]
+            # As bytes: old archives have names that are no UTF-8.
+            names += [os.fsencode(f"{name}/{file}") for file in files]
             labels += [label] * len(files)
         self._path = path
-        self.digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        self.digest = hashlib.sha256(b"\n".join(names)).hexdigest()
         with tf.device("CPU"):
             # As a tensor: a Python list of ImageNet's 1.3 million names is twice as large.
             self._names, self._labels = tf.constant(names), tf.constant(labels, tf.int32)
@@ -59,11 +61,11 @@ class Folder:
 
     def load(self, index):
         """File and label of an example, in a graph."""
-        path = tf.strings.join([str(self._path), tf.gather(self._names, index)], "/")
+        path = tf.strings.join([os.fsencode(self._path), tf.gather(self._names, index)], "/")
         return tf.io.read_file(path), tf.gather(self._labels, index)
 
     def name(self, index):
-        return str(self._path / self._names[int(index)].numpy().decode())
+        return str(self._path / os.fsdecode(self._names[int(index)].numpy()))
 
 
 def open_folder(path, image_size, max_corrupt_examples=0):

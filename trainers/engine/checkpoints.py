@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import re
 import shutil
+import tempfile
 
 import tensorflow as tf
+
+from trainers.engine import files
 
 STATE = "state"
 META = "meta.json"
@@ -28,6 +30,16 @@ class Checkpoints:
         self.folder = pathlib.Path(folder)
         self.keep = keep
 
+    def prepare(self):
+        """Makes the folder, and finds out whether it can be written to.
+
+        Raises:
+            OSError: if it cannot.
+        """
+        files.make_folder(self.folder)
+        with tempfile.TemporaryFile(dir=self.folder):
+            pass
+
     def all(self):
         """The checkpoints, oldest first, damaged ones too."""
         return self._named("update")
@@ -42,6 +54,9 @@ class Checkpoints:
 
         Args:
             **objects: trackable by TensorFlow: `model=model, ...`.
+
+        Raises:
+            OSError: if they cannot be written; the checkpoints that there are stay.
         """
         name = f"{update:08d}-epoch-{epoch:04d}"
         target, partial = self.folder / f"update-{name}", self.folder / f"partial-{name}"
@@ -51,21 +66,28 @@ class Checkpoints:
             shutil.rmtree(target)
         # What a killed process was writing is of no use to anyone.
         for left_over in self._named("partial"):
-            shutil.rmtree(left_over)
-        partial.mkdir(parents=True)
-        tf.train.Checkpoint(**objects).write(str(partial / STATE))
-        digests = {path.name: _digest(path) for path in partial.iterdir()}
+            files.remove(left_over)
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            tf.train.Checkpoint(**objects).write(str(partial / STATE))
+        except tf.errors.OpError as error:
+            raise OSError(f"checkpoint {partial} cannot be written: {error.message}") from error
+        # Not what could not be removed before.
+        written = list(partial.glob(f"{STATE}.*"))
+        digests = {path.name: _digest(path) for path in written}
         content = json.dumps({**meta, "update": update, "files": digests})
-        (partial / META).write_text(json.dumps({"digest": _text_digest(content), "meta": content}))
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
+        with files.naming(partial / META):
+            text = json.dumps({"digest": _text_digest(content), "meta": content})
+            (partial / META).write_text(text)
+        for path in [*written, partial / META, partial]:
+            files.sync(path)
         partial.rename(target)
-        _sync(self.folder)
+        files.sync(self.folder)
         saved = self.all()
         # Later ones are damaged, or of a course that was given up.
         later = saved[saved.index(target) + 1 :]
         for old in [*saved[: -self.keep - len(later)], *later]:
-            shutil.rmtree(old)
+            files.remove(old)
 
     def newest(self, warn):
         """The newest checkpoint that is whole and its `meta`, or `(None, {})` if there is none.
@@ -90,6 +112,37 @@ class Checkpoints:
             )
         return None, {}
 
+    def copy_newest(self, folder, warn, tries=50):
+        """Copies the newest whole checkpoint into a folder: a training may remove it meanwhile.
+
+        Args:
+            folder: path of an empty folder.
+            warn: as for `newest`.
+            tries: int, how many checkpoints may vanish while they are copied.
+
+        Returns:
+            The path of the copy, or `None` without a checkpoint.
+
+        Raises:
+            ValueError, OSError: as `newest`.
+        """
+        for _ in range(tries):
+            saved = self.all()
+            if not saved:
+                return None
+            for path in reversed(saved):
+                try:
+                    return copy(path, folder)
+                except (OSError, ValueError) as error:
+                    if not path.exists():
+                        break  # there is a newer one now
+                    if isinstance(error, OSError):
+                        raise
+                    warn(f"warning: {error}")
+            else:
+                raise ValueError(f"all checkpoints under {self.folder} are damaged")
+        raise OSError(f"{tries} checkpoints under {self.folder} vanished while they were read")
+
     def restore(self, path, **objects):
         """Restores objects, as `save` takes them, from `path`.
 
@@ -102,6 +155,24 @@ class Checkpoints:
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
             raise ValueError(f"checkpoint {path} does not fit this run: {error}") from error
+
+
+def copy(path, folder):
+    """Copies a checkpoint into a folder.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        ValueError: if it is damaged.
+        OSError: if it cannot be read, or there is no room for it.
+    """
+    target = folder / path.name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(path, target)
+    if problem := damage(target):
+        raise ValueError(f"checkpoint {path} is damaged: {problem}")
+    return target
 
 
 def damage(path):
@@ -136,11 +207,3 @@ def _digest(path):
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

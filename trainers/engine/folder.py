@@ -4,14 +4,16 @@ It holds `flags.json` (the trainer's flags, versions), `metrics.jsonl` (one obje
 epoch), `summary.json` once the run has ended, `checkpoints/`, `tensorboard/` and `curves.png`.
 """
 
-import fcntl
+import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import subprocess
+
+from trainers.engine import files
+from trainers.engine.files import naming, write
 
 FLAGS, METRICS, SUMMARY = "flags.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, BOARD = "checkpoints", "tensorboard"
@@ -40,10 +42,9 @@ class RunFolder:
         Raises:
             OSError: if the folder cannot be made, or another process has it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        files.make_folder(self.path)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = files.lock(self.path / ".lock")
         except BlockingIOError:
             raise OSError(f"another run is using --output_dir={self.path}") from None
 
@@ -71,8 +72,9 @@ class RunFolder:
 
     def append(self, record):
         self.records.append(record)
-        self._metrics.write(_line(record))
-        self._metrics.flush()
+        with naming(self.path / METRICS):
+            self._metrics.write(_line(record))
+            self._metrics.flush()
 
     def finish(self, summary):
         if not self._had_ended:
@@ -87,7 +89,7 @@ class RunFolder:
 def read_json(path):
     """The object in a file; `{}` without one, while it is being written, and for anything else."""
     try:
-        value = json.loads(pathlib.Path(path).read_text())
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -100,22 +102,21 @@ def read_flags(folder):
 
 
 def read_metrics(folder):
-    """The records of a run's log, list of dicts, without the half line that a kill may leave."""
+    """The records of a run's log, list of dicts, without what is damaged or another program's.
+
+    A kill may leave half a line, a power failure zeros or anything else.
+    """
     path, records = pathlib.Path(folder, METRICS), []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return [r for r in records if isinstance(r, dict)]
+    return [r for r in records if isinstance(r, dict) and _is_record(r)]
 
 
-def write(path, text):
-    """Writes a file so that a kill leaves the old one or the new one, never a half."""
-    # A name of its own: two programs may write the same table.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+def _is_record(record):
+    needed = ("update", "epoch") if record.get("type") == "epoch" else ("update",)
+    known = record.get("type") in ("step", "epoch")
+    return known and all(isinstance(record.get(name), int) for name in needed)
 
 
 def _line(record):

@@ -80,7 +80,8 @@ class Loop:
         began, plan = time.perf_counter(), self.trainer.plan
         self._done = self._started_from = int(self.trainer.updates.numpy())
         self._epochs = self.state.record.get("epoch", 0)
-        self._stopped = tf.constant(0.0)
+        # Horovod: whether a worker was told to stop before it could
+        (self._stopped,) = self.cluster.sum_over_workers([float(preemption.requested())])
         self._skipped = set(self.state.record.get("skipped_images", []))
         while self._epochs < plan.epochs:
             self._train_epoch()
@@ -164,7 +165,7 @@ class Loop:
                     meta = {"identity": self.identity, "record": self.state.record}
                     objects = self.trainer.objects()
                     self.checkpoints.save(self._done, self._epochs, meta, **objects)
-            except (OSError, tf.errors.OpError) as error:
+            except OSError as error:
                 failure = error
         # Horovod: nobody goes on, or leaves, before worker 0 has saved
         if sum(self.cluster.sum_over_workers([failure is not None])):

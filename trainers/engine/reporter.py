@@ -1,11 +1,13 @@
 """What a run tells: to the terminal, the run folder and TensorBoard."""
 
+import contextlib
 import math
 import sys
 
 import keras
 import tensorflow as tf
 
+from trainers.engine import files
 from trainers.engine.curves import plot_curves
 from trainers.engine.folder import BOARD
 
@@ -50,7 +52,7 @@ class Reporter(Silent):
     def __init__(self, folder):
         self.folder = folder
         self.epochs = folder.epochs
-        self.terminal = sys.stdout.isatty()
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self._board = None
 
     def say(self, line):
@@ -58,7 +60,12 @@ class Reporter(Silent):
 
     def start(self, lines):
         """Begins with lines of text; the folder has been started."""
-        self._board = tf.summary.create_file_writer(str(self.folder.path / BOARD))
+        path = self.folder.path / BOARD
+        try:
+            files.make_folder(path)
+            self._board = tf.summary.create_file_writer(str(path))
+        except tf.errors.OpError as error:
+            raise OSError(f"{path} cannot be written to: {error.message}") from None
         for line in lines:
             self.say(line)
 
@@ -104,12 +111,16 @@ class Reporter(Silent):
 
     def close(self):
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(tf.errors.OpError):
+                self._board.close()
         self.folder.close()
 
     def finish(self, summary):
         self.folder.finish(summary)
-        plot_curves(self.folder.records, self.folder.path / "curves.png")
+        try:
+            plot_curves(self.folder.records, self.folder.path / "curves.png")
+        except OSError as error:
+            self.say(f"warning: no picture of the run: {error}")
         if not math.isfinite(summary["loss"]):
             self.say("warning: training diverged, the loss is not finite")
         self.say(f"done: top-1 {summary['top1']:.2%} after {summary['updates']} updates")
@@ -117,7 +128,13 @@ class Reporter(Silent):
 
     def _write(self, record):
         self.folder.append(record)
-        with self._board.as_default(step=record["update"]):
-            for name, value in record.items():
-                if isinstance(value, float):
-                    tf.summary.scalar(f"{record['type']}/{name}", value)
+        if self._board is None:
+            return
+        try:
+            with self._board.as_default(step=record["update"]):
+                for name, value in record.items():
+                    if isinstance(value, float):
+                        tf.summary.scalar(f"{record['type']}/{name}", value)
+        except tf.errors.OpError as error:  # the same values are in the folder's log
+            self._board = None
+            self.say(f"warning: nothing more for TensorBoard: {error.message}")

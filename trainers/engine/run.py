@@ -1,6 +1,5 @@
 """One run of a trainer, from flags to summary; the trainers differ in data, model and schedule."""
 
-import os
 import pathlib
 import sys
 
@@ -51,8 +50,7 @@ def configure_keras():
 def run(task):
     """Trains a `Task` as the flags say."""
     logging.set_verbosity(logging.WARNING)
-    if not is_elastic():  # there SIGTERM takes one worker, and the others go on
-        preemption.watch()
+    preemption.watch()
     cluster = connect()
     # Elastic workers may not communicate yet.
     plan = _prepare(
@@ -210,12 +208,13 @@ def _open_folder(state, task, trainer):
     run_folder.lock()
     reporter = Reporter(run_folder)
     checkpoints = Checkpoints(path / folder.CHECKPOINTS, FLAGS.keep_checkpoints)
+    checkpoints.prepare()
     if not state.restored:
         _restore(checkpoints, _identity(task), state, trainer, reporter.say)
     done = int(trainer.updates.numpy())
     described = {"trainer": task.trainer, "classes": task.classes}
     described.update(own_flags(), class_names=task.class_names)
-    if FLAGS.data_dir and os.path.isdir(FLAGS.data_dir):  # no address as gs://...
+    if FLAGS.data_dir:
         described["data_dir"] = str(pathlib.Path(FLAGS.data_dir).absolute())
     run_folder.start(described, FREE, done, state.record.get("epoch", 0))
     reporter.start(forecast.heading(task, trainer.model, trainer.plan, done))
