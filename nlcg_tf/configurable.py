@@ -7,8 +7,9 @@ import numbers
 import keras
 
 
+@dataclasses.dataclass
 class Configurable:
-    """A dataclass whose fields are its configuration."""
+    """A dataclass whose fields are its configuration; so is a subclass without any."""
 
     def get_config(self):
         return dataclasses.asdict(self)

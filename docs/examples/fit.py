@@ -16,6 +16,7 @@ model.compile(
     optimizer=nlcg_tf.NLCG(learning_rate=0.1),
     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     metrics=["accuracy"],
+    jit_compile=False,  # for the fused op: on a GPU Keras would choose XLA
 )
 diagnostics = nlcg_tf.callbacks.OptimizerDiagnostics()
 model.fit(x[~held_out], y[~held_out], batch_size=512, epochs=20, callbacks=[diagnostics], verbose=2)

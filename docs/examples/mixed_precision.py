@@ -23,6 +23,7 @@ model.compile(
     optimizer=nlcg_tf.NLCG(learning_rate=0.1),
     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     metrics=["accuracy"],
+    jit_compile=False,  # for the fused op: on a GPU Keras would choose XLA
 )
 model.fit(x[~held_out], y[~held_out], batch_size=256, epochs=10, verbose=2)
 _, accuracy = model.evaluate(x[held_out], y[held_out], verbose=0)

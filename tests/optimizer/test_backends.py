@@ -78,6 +78,61 @@ assert "tensorflow" not in sys.modules
 """
 
 
+DEVICES = """
+import keras
+import numpy as np
+from keras import distribution
+
+import nlcg_tf
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(64, 6)).astype("float32")
+y = np.tanh(x @ rng.normal(size=(6, 1))).astype("float32")
+devices = distribution.list_devices()
+layout = distribution.LayoutMap(distribution.DeviceMesh((1, 2), ["batch", "model"], devices))
+layout[".*hidden/kernel"] = (None, "model")
+ways = [
+    distribution.DataParallel(devices=devices),
+    distribution.ModelParallel(layout_map=layout, batch_dim_name="batch"),
+]
+
+def train(form, way):
+    distribution.set_distribution(way)
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(8, "tanh", name="hidden"), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    model.compile(nlcg_tf.NLCG(0.05, **form), "mse")
+    model.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+    slot = model.optimizer.slots["direction"][0].value
+    assert len(slot.sharding.device_set) == (1 if way is None else 2)
+    is_divided = slot.addressable_shards[0].data.shape != slot.shape
+    assert is_divided == isinstance(way, distribution.ModelParallel)
+    return np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+for form in (
+    {"preconditioner": None},
+    {"preconditioner": "bfgs", "line_search": "online", "update_rule": "fletcher_reeves"},
+    {"preconditioner": "normalized_bfgs"},
+    {"preconditioner": "spectral"},
+):
+    expected = train(form, None)
+    for way in ways:
+        difference = np.linalg.norm(train(form, way) - expected)
+        assert difference < 1e-5 * np.linalg.norm(expected), (form, way, difference)
+"""
+
+
+def test_devices_of_jax_that_divide_the_batch_or_the_model():
+    pytest.importorskip("jax")
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    result = subprocess.run(
+        [sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_training_on_another_backend_equals_the_oracle(backend):
     pytest.importorskip(backend)

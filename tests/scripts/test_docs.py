@@ -17,6 +17,7 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 RESULTS = {
     "custom_loop": (r"accuracy on held-out digits: ([\d.]+)", 0.94, 1.0),
     "fit": (r"accuracy on held-out digits: ([\d.]+)", 0.93, 1.0),
+    "jax_devices": (r"2 devices, accuracy: ([\d.]+)", 0.9, 1.0),
     "mixed_precision": (r"accuracy on held-out digits: ([\d.]+) \(0 updates skipped", 0.93, 1.0),
     "pinn": (r"relative error of the solution: (\S+)", 0.0, 1e-3),
     "two_workers": (r"2 workers, accuracy on held-out digits: ([\d.]+)", 0.93, 1.0),
@@ -52,6 +53,8 @@ def _anchors(page):
 def test_example_learns(example):
     (command,) = commands(example)  # one, wherever it stands
     pattern, least, most = RESULTS[example]
+    if example.startswith("jax"):
+        pytest.importorskip("jax")
     if "launch_horovodrun" in command:
         pytest.importorskip("horovod")
     binaries = pathlib.Path(sys.executable).parent
