@@ -7,11 +7,16 @@ import numbers
 import keras
 
 
-@dataclasses.dataclass
 class Configurable:
-    """A dataclass whose fields are its configuration; so is a subclass without any."""
+    """A dataclass whose fields are its configuration, or a class without any."""
 
     def get_config(self):
+        if type(self).__init__ is object.__init__:
+            return {}
+        if not dataclasses.is_dataclass(self):
+            raise TypeError(
+                f"{type(self).__name__} has settings: make it a dataclass, or add `get_config`"
+            )
         return dataclasses.asdict(self)
 
     @classmethod

@@ -18,7 +18,7 @@ from scripts.shared import style
 from trainers.optimizers import choice
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
-ON_CIFAR = ("nlcg_spectral", "muon", "muon_norm", "adam", "nesterov_tf1", "nlcg_fr")
+ON_CIFAR = ("nlcg_spectral", "muon_norm", "adam", "nesterov_tf1", "nlcg_fr")
 HIGHEST = 1000  # of a ratio; beyond, and for runs that diverged, the marker stands at the edge
 
 
@@ -69,7 +69,7 @@ def draw_accuracy(axis, runs):
     batches = sorted(best["global_batch_size"].unique())
     axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axis.set(xlabel="batch", ylabel="test accuracy at the best rate (%)")
-    axis.legend(fontsize=10)
+    axis.legend(loc="lower left", fontsize=10)
 
 
 def main():

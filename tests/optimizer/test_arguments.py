@@ -14,7 +14,7 @@ from tests.support.problems import regression_data, regression_model
     "arguments",
     [
         {"update_rule": "newton"},
-        {"update_rule": None},
+        {"update_rule": "nesterov"},
         {"preconditioner": "lbfgs"},
         {"line_search": "armijo"},
         {"line_search": OnlineLineSearch},

