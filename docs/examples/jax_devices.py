@@ -1,4 +1,4 @@
-"""NLCG on two devices of JAX, which Keras divides the batch, or the model, between."""
+"""NLCG on two devices of JAX, of which each takes half of every batch."""
 
 import os
 
@@ -13,25 +13,11 @@ from sklearn.datasets import load_digits
 import nlcg_tf
 
 devices = distribution.list_devices()
-# Each device has a part of each batch, and all weights.
-parallel = distribution.DataParallel(devices=devices)
-distribution.set_distribution(parallel)
-
-# Or: each device has a part of the hidden layer, and of the optimizer's state for it.
-#   mesh = distribution.DeviceMesh((1, len(devices)), ["batch", "model"], devices)
-#   layout = distribution.LayoutMap(mesh)
-#   layout[".*hidden/kernel"] = (None, "model")
-#   layout[".*hidden/bias"] = ("model",)
-#   parallel = distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+distribution.set_distribution(distribution.DataParallel(devices=devices))
 
 x, y = (part[:1792] for part in load_digits(return_X_y=True))  # batches that divide evenly
-model = keras.Sequential(
-    [
-        keras.Input((64,)),
-        keras.layers.Dense(64, "relu", name="hidden"),
-        keras.layers.Dense(10),
-    ]
-)
+hidden = keras.layers.Dense(64, "relu", name="hidden")
+model = keras.Sequential([keras.Input((64,)), hidden, keras.layers.Dense(10)])
 model.compile(
     optimizer=nlcg_tf.NLCG(learning_rate=0.1),
     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
