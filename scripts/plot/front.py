@@ -18,7 +18,7 @@ from scripts.shared import style
 from trainers.optimizers import choice
 
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
-ON_CIFAR = ("nlcg_spectral", "muon_norm", "adam", "nesterov_tf1", "nlcg_fr")
+ON_CIFAR = ("nlcg_spectral", "muon", "muon_norm", "adam", "nesterov_tf1", "nlcg_fr")
 HIGHEST = 1000  # of a ratio; beyond, and for runs that diverged, the marker stands at the edge
 
 
