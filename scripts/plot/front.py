@@ -69,7 +69,8 @@ def draw_accuracy(axis, runs):
     batches = sorted(best["global_batch_size"].unique())
     axis.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axis.set(xlabel="batch", ylabel="test accuracy at the best rate (%)")
-    axis.legend(loc="lower left", fontsize=10)
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="lower left", ncols=2, fontsize=10)
 
 
 def main():
