@@ -10,13 +10,14 @@ program = getattr(sys.modules["__main__"].__spec__, "name", None)
 if program in ("trainers.cifar", "trainers.imagenet"):
     preemption.watch()  # a machine may be taken back while TensorFlow is being imported
 
-# A terminal that is not for Unicode shows \\xe9, and ends nothing.
+# A terminal that is not for Unicode shows \xe9, and ends nothing.
 for stream in (sys.stdout, sys.stderr):
-    if stream is not None:
+    if hasattr(stream, "reconfigure"):  # none where it is closed, another thing in a notebook
         stream.reconfigure(errors="backslashreplace")
 
-# Figures go to files; a notebook's own backend is not for other processes.
-os.environ["MPLBACKEND"] = "Agg"
+if (program or "").startswith("trainers."):
+    # Figures go to files; a notebook's own backend is not for other processes.
+    os.environ["MPLBACKEND"] = "Agg"
 
 # TensorFlow's C++ start-up notices would hide the one line that matters.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -47,16 +47,18 @@ class Averaging(CountsUpdates):
         Elastic workers are not compared: one that joins has a first update of its own.
         """
         _check_context()
-        for variable in self._trainable_variables if variables is None else variables:
+        if self._are_compared:
+            return
+        variables = self._trainable_variables if variables is None else list(variables)
+        for variable in variables:
             if getattr(variable, "overwrite_with_gradient", False):
                 raise ValueError(
                     f"Variable '{name_of(variable)}' is overwritten with its gradient, as the "
                     "scales of float8 are. Such gradients are not averaged, and the workers would "
                     "train apart. Use another precision with several workers."
                 )
-        if self._are_compared or os.environ.get("HOROVOD_ELASTIC") == "1":
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
             return
-        variables = self._trainable_variables if variables is None else list(variables)
         own = [i for i, g in enumerate(grads) if g is not None]
         with tf.init_scope():  # what has a gradient is known while a graph is traced
             first, *others = allgather_object(own)

@@ -64,6 +64,9 @@ class BroadcastVariables(keras.callbacks.Callback):
 class WatchWorkers(keras.callbacks.Callback):
     """Refuses workers that would wait for each other for ever; names those that hang (`Watch`).
 
+    Put it first: what other callbacks do after a step is then no part of the step, and a worker
+    that saves a file for long is only late.
+
     Args:
         seconds: float, how long nothing moves before a warning names the workers that are late;
             less than the 30 seconds of silence after which Gloo ends the training.

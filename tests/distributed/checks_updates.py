@@ -262,6 +262,7 @@ def check_an_optimizer_that_averages_nothing_is_refused():
     for _ in range(4):
         sgd.apply([gradient], [variable])
     variable.overwrite_with_gradient = True
+    sgd = hvd.DistributedOptimizer(keras.optimizers.SGD())
     expect(ValueError, "'v' is overwritten with its gradient", sgd.apply, [gradient], [variable])
     expect(TypeError, "copy of a distributed", copy.deepcopy, own)
 

@@ -13,6 +13,7 @@ import nlcg_tf.horovod as hvd
 
 how, who = sys.argv[1], int(sys.argv[2])
 hvd.init()
+print(f"began at {time.time()}", flush=True)  # imports take what the machine gives them
 
 
 class StopsAlone(keras.callbacks.Callback):

@@ -1,7 +1,9 @@
 """A worker that fails ends the job with its error; one that hangs is named."""
 
 import pathlib
+import re
 import sys
+import time
 
 import pytest
 
@@ -27,6 +29,8 @@ def test_a_worker_that_fails_or_hangs(how, who, status, message):
     result = horovodrun(sys.executable, SCRIPT, how, who, HOROVOD_GLOO_TIMEOUT_SECONDS="5")
     assert result.returncode == status
     assert message in result.stderr, result.stderr[-4000:]
+    began = max(map(float, re.findall(r"began at ([\d.]+)", result.stdout)))
+    assert time.time() - began < 60
     if " waits " in message:  # both end, and say why
         begin = "<stderr>:error: the workers wait for each other for ever: "
         assert all(f"[{worker}]{begin}" in result.stderr for worker in (0, 1))

@@ -5,6 +5,9 @@ import math
 
 def plot_curves(records, path):
     """Draws loss, accuracy and step size of one run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps = [r for r in records if r["type"] == "step"]
