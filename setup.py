@@ -66,9 +66,13 @@ setup(
     ext_modules=[Extension("nlcg_tf.fused.libnlcg_update", [])] if WITH_TENSORFLOW else [],
     cmdclass={"build_ext": BuildFusedOp, "bdist_wheel": AnyPython},
     python_requires=">=3.10",
-    install_requires=["tensorflow>=2.21,<2.22", "keras>=3.12"],
+    # Not TensorFlow: with Keras' other backends it is not needed, and it has several packages.
+    install_requires=["keras>=3.7"],
     extras_require={
+        "tensorflow": ["tensorflow>=2.18,<2.22"],
         "trainers": [
+            "tensorflow>=2.21,<2.22",
+            "keras>=3.12",
             "absl-py",
             "importlib_resources",  # tensorflow-datasets imports it without declaring it
             "matplotlib",

@@ -172,7 +172,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             for name in dict.fromkeys(name for state in states for name in state)
         }
         for name in self._own_slots(preconditioner):
-            self.slots[name] = self.add_optimizer_variables(var_list, name)
+            self.slots[name] = [self._add_slot(v, name, v.shape) for v in var_list]
         if preconditioner.uses_steps and not self.nesterov and not are_divided():
             # For each variable sum(g_prev d) and sum(d h d) of its last update, each in two parts
             # of this type that make up a double. Only the fused op keeps them; -1: not known.

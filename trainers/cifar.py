@@ -91,7 +91,7 @@ class Cifar(Task):
             plan.global_batch_size,
             plan.epochs,
             plan.updates_per_epoch,
-            **peak_rate(FLAGS.flag_values_dict()),
+            **peak_rate(FLAGS.flag_values_dict(), plan.updates),
         )
 
     def load(self):

@@ -103,7 +103,7 @@ class ImageNet(Task):
             plan.global_batch_size,
             plan.epochs,
             plan.updates_per_epoch,
-            **peak_rate(FLAGS.flag_values_dict()),
+            **peak_rate(FLAGS.flag_values_dict(), plan.updates),
         )
 
     def load(self):

@@ -48,7 +48,10 @@ class Training:
             self.models.append(cifar_resnet(depth, shape, data.classes, decay))
         self.model = self.models[0]
         self.schedule = CifarSchedule(
-            batch, flags["epochs"], self.plan.updates_per_epoch, **peak_rate(flags)
+            batch,
+            flags["epochs"],
+            self.plan.updates_per_epoch,
+            **peak_rate(flags, self.plan.updates),
         )
         self.optimizer = from_flags(flags, self.schedule, cifar_line_search(batch))
         self.optimizer.build(self.model.trainable_variables)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainers.optimizers.choice import make_optimizer, peak_rate, trained
+from trainers.optimizers.choice import make_optimizer, peak_rate, spectral_peak, trained
 from trainers.optimizers.lars import LARS
 from trainers.optimizers.momentum import Momentum
 from trainers.optimizers.muon import Muon
@@ -108,14 +108,19 @@ def test_muon_takes_a_convolution_for_a_matrix(length):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ({}, {"factor": 1.0, "peak": 0.03}),
-        ({"learning_rate_factor": 2.0}, {"factor": 1.0, "peak": 0.06}),
-        ({"peak_learning_rate": 0.5}, {"factor": 1.0, "peak": 0.5}),
-        ({"preconditioner": "bfgs", "learning_rate_factor": 2.0}, {"factor": 2.0, "peak": None}),
-        ({"optimizer": "sgd"}, {"factor": 1.0, "peak": None}),
+        ({}, (1.0, 0.032)),
+        ({"learning_rate_factor": 2.0}, (1.0, 0.064)),
+        ({"peak_learning_rate": 0.5}, (1.0, 0.5)),
+        ({"preconditioner": "bfgs", "learning_rate_factor": 2.0}, (2.0, None)),
+        ({"optimizer": "sgd"}, (1.0, None)),
     ],
 )
 def test_the_spectral_form_has_a_peak_of_its_own(flags, expected):
     defaults = {"optimizer": "nlcg", "preconditioner": "spectral"}
     defaults |= {"learning_rate_factor": 1.0, "peak_learning_rate": None}
-    assert peak_rate({**defaults, **flags}) == expected
+    rate = peak_rate({**defaults, **flags}, updates=120)
+    assert (rate["factor"], rate["peak"]) == expected
+
+
+def test_the_spectral_peak_falls_with_the_updates():
+    assert [spectral_peak(updates) for updates in (1, 30, 480)] == [0.064, 0.064, 0.016]
