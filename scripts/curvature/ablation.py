@@ -1,12 +1,15 @@
-"""NLCG's default with one part of it changed: what each part is worth.
+"""NLCG's default with one mechanism of it changed: what each is worth.
 
-    python -m scripts.curvature --folder=runs/ablation --optimizers nlcg decay_1 no_look_ahead ...
+    python -m scripts.curvature --folder=runs/ablation --rates=5 --seeds=10 --optimizers default ...
 
-A variant is named on the study's command line as the optimizers are, and gets the same search.
+A variant is named on the study's command line as the optimizers are, and gets the same search. All
+of them, `default` too, take the composed update, so that nothing but the mechanism differs.
 """
 
 import collections
+import contextlib
 import dataclasses
+from unittest import mock
 
 from trainers.flags import defaults
 from trainers.optimizers import choice
@@ -17,47 +20,100 @@ class Variant(choice.Choice):
     """As `Choice`.
 
     Attributes:
-        decay: of `normalized_bfgs`; `None` for its default.
-        blind: whether the optimizer is told a loss of 0, of which nothing can be foretold: kappa is
-            0, and beta the constant `momentum`.
+        arguments: of `NLCG`, in place of the default's.
+        changes: dict from functions of the update, "module.name", to what stands for them.
     """
 
-    decay: float | None = None
-    blind: bool = False
+    arguments: dict = dataclasses.field(default_factory=dict)
+    changes: dict = dataclasses.field(default_factory=dict)
 
 
 MARKERS = {"-": "o", "--": "s", ":": "^"}  # variants of one colour differ in both
 
 
-def _variant(title, colour, line="-", decay=None, blind=False, **flags):
-    flags = {**choice.flags_of("nlcg"), "line_search": "none", **flags}
-    return Variant(title, colour, line, MARKERS[line], flags, decay=decay, blind=blind)
+def _variant(title, colour, line="-", arguments=None, **changes):
+    changes = {name.replace("__", "."): change for name, change in changes.items()}
+    return Variant(title, colour, line, MARKERS[line], {}, None, False, arguments or {}, changes)
+
+
+def _constant_beta(delta_new, delta, kappa, momentum):
+    return momentum
+
+
+def _fletcher_reeves(delta_new, delta, kappa, momentum):
+    from nlcg_tf import direction
+
+    return direction.fletcher_reeves(delta_new, delta)
+
+
+def _full_look_ahead(self, preconditioned, d, beta, kappa, cap=1.0):
+    return [beta * d_i - cap * z_i for z_i, d_i in zip(preconditioned, d)]
+
+
+def _no_length_factor(squared_norm, mean, first, kappa):
+    return 1.0, mean, first
+
+
+def _no_cap(length, mean, momentum):
+    return 1.0, mean
+
+
+def _divided(self, state, g, w, epsilon):
+    """P g of `DiagonalBFGS`: the scale of h remains."""
+    from nlcg_tf import preconditioner
+
+    return preconditioner.DiagonalBFGS.apply(self, state, g, w, epsilon)
+
+
+def _kappa(value):
+    def trapezoid_test(loss, previous_loss, slope, previous_slope, left_over, foretold, updates):
+        from keras import ops
+
+        return ops.full_like(slope, value), left_over, foretold
+
+    return trapezoid_test
 
 
 ABLATION = {
-    "decay_1": _variant("nothing forgotten", choice.BLUE, decay=1.0),
-    "decay_0999": _variant("decay 0.999", choice.BLUE, "--", decay=0.999),
-    "decay_095": _variant("decay 0.95", choice.BLUE, ":", decay=0.95),
-    "no_look_ahead": _variant("no look-ahead", choice.GREEN, nesterov=False),
-    "constant": _variant("beta 0.9", choice.BLACK, blind=True),
-    "not_normalized": _variant("not normalized", choice.PURPLE, preconditioner="bfgs"),
-    "fr_normalized": _variant(
-        "Fletcher-Reeves", choice.SKY, update_rule="fletcher_reeves", nesterov=False
+    "default": _variant("NLCG", choice.VERMILION),
+    "beta_constant": _variant("beta 0.9", choice.BLACK, direction__blended=_constant_beta),
+    "beta_fr": _variant("beta: Fletcher-Reeves", choice.SKY, direction__blended=_fletcher_reeves),
+    "no_forgetting": _variant("nothing forgotten", choice.BLUE, arguments={"decay": 1.0}),
+    "full_look_ahead": _variant(
+        "full look-ahead", choice.GREEN, "--", composed__Stages___look_ahead=_full_look_ahead
     ),
-    "pr_normalized": _variant(
-        "Polak-Ribiere", choice.SKY, "--", update_rule="polak_ribiere", nesterov=False
+    "no_look_ahead": _variant("no look-ahead", choice.GREEN, arguments={"nesterov": False}),
+    "no_length_factor": _variant(
+        "no length factor", choice.ORANGE, noise__length_factor=_no_length_factor
     ),
+    "no_cap": _variant("no cap", choice.ORANGE, "--", noise__length_cap=_no_cap),
+    "not_normalized": _variant(
+        "not normalized", choice.PURPLE, preconditioner__NormalizedBFGS__apply=_divided
+    ),
+    "kappa_0": _variant("kappa 0", choice.GREY, noise__trapezoid_test=_kappa(0.0)),
+    "kappa_1": _variant("kappa 1", choice.GREY, "--", noise__trapezoid_test=_kappa(1.0)),
 }
 # All that the study knows, in the order of its tables.
 KNOWN = collections.ChainMap(ABLATION, choice.OPTIMIZERS)
 
 
 def make_optimizer(name):
-    """The trainers' optimizer, or a variant of one, by its name; the rate is set later."""
-    flags = {**defaults(), "optimizer": name, **KNOWN[name].flags, "weight_decay": 0.0}
-    decay = getattr(KNOWN[name], "decay", None)
-    if decay is not None:
-        from nlcg_tf import preconditioner  # not before a worker trains: it imports Keras
+    """The trainers' optimizer, or a variant of the default, by its name; the rate is set later."""
+    if name not in ABLATION:
+        flags = {**defaults(), "optimizer": name, **KNOWN[name].flags, "weight_decay": 0.0}
+        return choice.from_flags(flags, 0.01, paper_line_search="online")
+    import nlcg_tf  # not before a worker trains: it imports Keras
 
-        flags["preconditioner"] = preconditioner.NAMES[flags["preconditioner"]](decay)
-    return choice.from_flags(flags, 0.01, paper_line_search="online")
+    arguments = dict(ABLATION[name].arguments)
+    decay = arguments.pop("decay", 0.99)
+    preconditioner = nlcg_tf.preconditioner.NormalizedBFGS(decay)
+    return nlcg_tf.NLCG(0.01, preconditioner=preconditioner, fused=False, **arguments)
+
+
+@contextlib.contextmanager
+def changed(name):
+    """Context in which a variant's update is traced."""
+    with contextlib.ExitStack() as stack:
+        for place, change in getattr(KNOWN[name], "changes", {}).items():
+            stack.enter_context(mock.patch(f"nlcg_tf.{place}", change))
+        yield

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.optimize import minimize
 
-from scripts.curvature.ablation import KNOWN, make_optimizer
+from scripts.curvature.ablation import changed, make_optimizer
 from scripts.curvature.statistics import POINTS, SEARCH_SEEDS
 
 
@@ -18,8 +18,8 @@ def make_training(problem, optimizer, updates):
     """The training of a `Problem` by an optimizer's name, with a budget of updates."""
     if optimizer == "lbfgs":
         return LBFGSTraining(problem, updates)
-    blind = getattr(KNOWN[optimizer], "blind", False)
-    return KerasTraining(problem, updates, make_optimizer(optimizer), blind)
+    with changed(optimizer):
+        return KerasTraining(problem, updates, make_optimizer(optimizer))
 
 
 class Training:
@@ -48,9 +48,9 @@ class Training:
 class KerasTraining(Training):
     """Training by a Keras optimizer: many updates in one graph, which is traced once."""
 
-    def __init__(self, problem, updates, optimizer, blind=False):
+    def __init__(self, problem, updates, optimizer):
         super().__init__(problem, updates)
-        self.optimizer, self.blind = optimizer, blind
+        self.optimizer = optimizer
         optimizer.build(self.weights)
         self.initial_state = [keras.ops.convert_to_numpy(v) for v in optimizer.variables]
         self.order = tf.Variable(self.epochs(SEARCH_SEEDS[0]))
@@ -84,8 +84,6 @@ class KerasTraining(Training):
             with tf.GradientTape() as tape:
                 loss = self.loss(None if self.problem.batch is None else self.order[i])
                 loss = self.optimizer.scale_loss(loss)  # tells it the loss
-            if self.blind:
-                self.optimizer.observe_loss(0.0)
             self.optimizer.apply(tape.gradient(loss, self.weights), self.weights)
             return i + 1
 
