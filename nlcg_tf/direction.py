@@ -23,17 +23,17 @@ def polak_ribiere(delta_new, delta_mid, delta):
     return _clip((delta_new - delta_mid) / (delta + TINY))
 
 
-def blended(delta_new, delta, kappa, momentum):
-    """beta = kappa beta_FR + (1 - kappa) momentum.
+def blended(delta_new, delta, gain_ratio, momentum):
+    """beta = gain_ratio beta_FR + (1 - gain_ratio) momentum.
 
-    Of noisy gradients the ratio of delta is near 1, or clipped there, whatever the weights do.
+    With noisy gradients Fletcher-Reeves' ratio stays near 1, whatever the weights do.
 
     Args:
         delta_new, delta: scalar tensors.
-        kappa: scalar tensor in [0, 1], how far gradients can be trusted.
+        gain_ratio: scalar tensor in [0, 1], of `nlcg_tf.noise`.
         momentum: float in [0, 1), beta where gradients are nothing but noise.
     """
-    return kappa * fletcher_reeves(delta_new, delta) + (1 - kappa) * momentum
+    return gain_ratio * fletcher_reeves(delta_new, delta) + (1 - gain_ratio) * momentum
 
 
 def _clip(beta):

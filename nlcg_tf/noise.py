@@ -1,90 +1,99 @@
-"""How noisy gradients are, told by the loss: the trapezoid test.
+"""How noisy the gradients are, measured by the loss; and two bounds on the length of an update.
 
 Between the weights w - s and w the loss of one and the same batch changes by
 
     f - f_prev = (g + g_prev)^T s / 2 + O(|s|^3),
 
-exactly so where it is quadratic, however badly conditioned. Losses and gradients of two
-mini-batches differ by the noise of sampling besides, most often by many times as much. What is left
-over, beside what the gradients foretold, so tells how far they can be trusted.
+exactly so where the loss is quadratic, however badly conditioned. The losses and gradients of two
+mini-batches differ by sampling noise besides, most often by many times as much. The gain ratio
+compares the two: 1 minus the mean prediction error over the mean predicted change.
 """
 
 from keras import ops
 
-MEMORY = 0.9  # of the two running means of the test, and of that of the steps' length
-LENGTH_MEMORY = 0.99  # of the gradient's length
+MEMORY = 0.9  # of the two running means of the gain ratio, and of that of the updates' norm
+NORM_MEMORY = 0.99  # of the squared gradient norm
 ROUNDING = 1e-6  # relative error of a float32 loss
-GROWTH = 2.0  # the longest step, beside the running mean
+GROWTH = 2.0  # the longest update, beside the running mean
 
 
-def trapezoid_test(loss, previous_loss, slope, previous_slope, left_over, foretold, updates):
-    """One step of the test; all arguments are scalar tensors.
+def measure_gain_ratio(
+    loss, last_loss, slope, last_slope, prediction_error, predicted_change, updates
+):
+    """How well the gradients predicted the last change of the loss.
+
+    Weight decay and clipping count as noise: neither the decay of the weights nor the gradient
+    before clipping is in g^T s.
 
     Args:
-        loss, previous_loss: f and f_prev.
-        slope, previous_slope: g^T s and g_prev^T s.
-        left_over, foretold: the running means so far.
-        updates: the updates before this one.
+        loss, last_loss: scalar tensors, f and f_prev.
+        slope, last_slope: scalar tensors, g^T s and g_prev^T s.
+        prediction_error, predicted_change: scalar tensors, the running means so far.
+        updates: scalar tensor, the number of updates before this one.
 
     Returns:
-        `(kappa, left_over, foretold)`: kappa in [0, 1] is 1 where losses do what the gradients
-        foretell, and 0 where they do not and in the first update; and the new means.
+        `(gain_ratio, prediction_error, predicted_change)`, scalar tensors: the ratio, in [0, 1] and
+        0 in the first update, and the new means.
     """
     # Relative to the loss: where it falls fast, its beginning would fill the means for long.
-    error = ops.abs((loss - previous_loss - (slope + previous_slope) / 2) / loss)
+    error = ops.abs((loss - last_loss - (slope + last_slope) / 2) / loss)
     error = ops.maximum(error - ROUNDING, ops.zeros_like(error))
-    size = (ops.abs(slope / loss) + ops.abs(previous_slope / loss)) / 2
+    change = (ops.abs(slope / loss) + ops.abs(last_slope / loss)) / 2
     # There is a step to test from the second update on.
     memory = ops.where(updates > 1, ops.full_like(error, MEMORY), ops.zeros_like(error))
-    known = (updates > 0) & ops.isfinite(error) & ops.isfinite(size)
-    left_over = ops.where(known, memory * left_over + (1 - memory) * error, left_over)
-    foretold = ops.where(known, memory * foretold + (1 - memory) * size, foretold)
-    kappa = 1 - left_over / foretold
-    kappa = ops.where(ops.isfinite(kappa), ops.clip(kappa, 0.0, 1.0), ops.zeros_like(kappa))
-    return kappa, left_over, foretold
+    known = (updates > 0) & ops.isfinite(error) & ops.isfinite(change)
+
+    def mean(old, new):
+        return ops.where(known, memory * old + (1 - memory) * new, old)
+
+    prediction_error = mean(prediction_error, error)
+    predicted_change = mean(predicted_change, change)
+    ratio = 1 - prediction_error / predicted_change
+    ratio = ops.where(ops.isfinite(ratio), ops.clip(ratio, 0.0, 1.0), ops.zeros_like(ratio))
+    return ratio, prediction_error, predicted_change
 
 
-def length_factor(squared_norm, mean, first, kappa):
-    """Keeps the length of noisy steps where a training begins, as gradients shrink.
+def norm_factor(squared_norm, mean, first, gain_ratio):
+    """Gradient-norm normalization, as far as gradients are noise.
 
-    A gradient without noise tells how far to go. One of noise only tells a direction: the factor
-    (||g_first|| / ||g||)^(1 - kappa), ||g||^2 a running mean, then takes its length away, as Adam
-    does for each element.
+    The length of a gradient without noise tells how far to go. That of a noisy one tells little:
+    (||g_first|| / ||g||)^(1 - gain_ratio), with ||g||^2 a running mean, keeps updates as long as at
+    the beginning of the training while gradients shrink, as Adam does for each element.
 
     Args:
         squared_norm: scalar tensor, g^T g of this update.
         mean, first: scalar tensors, the running mean and the first g^T g; 0 before there is one.
-        kappa: scalar tensor.
+        gain_ratio: scalar tensor.
 
     Returns:
-        `(factor, mean, first)`.
+        `(factor, mean, first)`, scalar tensors.
     """
     known = ops.isfinite(squared_norm)
-    moved = LENGTH_MEMORY * mean + (1 - LENGTH_MEMORY) * squared_norm
+    moved = NORM_MEMORY * mean + (1 - NORM_MEMORY) * squared_norm
     mean = ops.where(known, ops.where(mean > 0, moved, squared_norm), mean)
     first = ops.where(known & (first == 0), squared_norm, first)
-    factor = ops.exp((1 - kappa) / 2 * (ops.log(first) - ops.log(mean)))
+    factor = ops.exp((1 - gain_ratio) / 2 * (ops.log(first) - ops.log(mean)))
     return ops.where(ops.isfinite(factor), factor, ops.ones_like(factor)), mean, first
 
 
-def length_cap(length, mean, momentum):
-    """Shortens a direction that is much longer than those before it.
+def update_clip(norm, mean, momentum):
+    """Clips an update that is much longer than those before it.
 
-    Where gradients explode, or a beta near 1 meets a new direction, one long step can undo all, and
-    so can the momentum that it leaves.
+    Where gradients explode, or a beta near 1 meets a new direction, one long step can undo a
+    training, and so can the momentum that it leaves.
 
     Args:
-        length: scalar tensor, the norm of the step without its learning rate, which schedules move.
+        norm: scalar tensor, of the update without its learning rate, which schedules move.
         mean: scalar tensor, the running mean of it; 0 before there is one.
-        momentum: float. The first step, z, is what constant gradients make 1 / (1 - momentum)
-            times as long, and the mean begins there.
+        momentum: float. Constant gradients make the first update 1 / (1 - momentum) times as long
+            in the end, and the mean begins there.
 
     Returns:
-        `(cap, mean)`: the factor of the direction, at most 1.
+        `(factor, mean)`, scalar tensors: the factor of the update and of d is at most 1.
     """
-    known, longest = ops.isfinite(length), GROWTH * mean
-    held = known & (mean > 0) & (length > longest)
-    cap = ops.where(held, longest / length, ops.ones_like(length))
-    moved = MEMORY * mean + (1 - MEMORY) * cap * length
-    moved = ops.where(mean > 0, moved, length / (1 - momentum))
-    return cap, ops.where(known, moved, mean)
+    known, longest = ops.isfinite(norm), GROWTH * mean
+    clipped = known & (mean > 0) & (norm > longest)
+    factor = ops.where(clipped, longest / norm, ops.ones_like(norm))
+    moved = MEMORY * mean + (1 - MEMORY) * factor * norm
+    moved = ops.where(mean > 0, moved, norm / (1 - momentum))
+    return factor, ops.where(known, moved, mean)

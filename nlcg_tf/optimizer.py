@@ -10,14 +10,14 @@ import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from nlcg_tf import composed, direction, fused
+from nlcg_tf import direction, fused, reference
 from nlcg_tf import line_search as line_searches
 from nlcg_tf import preconditioner as preconditioners
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.composed import COUNTS, REALS
 from nlcg_tf.configurable import check_choice, check_number
 from nlcg_tf.observed_loss import ObservesLoss
 from nlcg_tf.reductions import are_divided
+from nlcg_tf.reference import COUNTS, REALS
 from nlcg_tf.saving import KnowsItsLayout
 
 logger = logging.getLogger("nlcg_tf")
@@ -31,14 +31,14 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
     of the preconditioned gradient. One update with gradient g:
 
         z = -P g,  delta_new = -g^T z                          see `nlcg_tf.preconditioner`
-        beta = kappa clip(delta_new / delta, 0, 1) + (1 - kappa) momentum
+        beta = r clip(delta_new / delta, 0, 1) + (1 - r) momentum
         d = z + beta d,  delta = delta_new
-        alpha = learning_rate (||g_first|| / ||g||)^(1 - kappa)        ||g||^2 a running mean
-        w = w + alpha (d + (1 - kappa) (z + beta d - d))       Nesterov's look-ahead
+        alpha = learning_rate (||g_first|| / ||g||)^(1 - r)    ||g||^2 a running mean
+        w = w + alpha (d + (1 - r) (z + beta d - d))           Nesterov's look-ahead
 
-    kappa in [0, 1] tells how far the last change of the loss was what the gradients foretold
-    (`nlcg_tf.noise`): full batches get conjugate gradients, noisy ones momentum. A step longer than
-    twice the running mean of their lengths is shortened to that, and d with it.
+    The gain ratio r in [0, 1] measures how well the gradients predicted the last change of the loss
+    (`nlcg_tf.noise`): full batches get conjugate gradients, noisy ones momentum. An update longer
+    than twice the running mean of their norms is clipped to that, and d with it.
 
     Algorithm 1 of the paper is `NLCG(update_rule="fletcher_reeves", preconditioner="bfgs",
     line_search="online", nesterov=False)`, with
@@ -48,7 +48,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         beta = momentum                                        "momentum"
         w = w + learning_rate learning_rate_scale d            see `nlcg_tf.line_search`
 
-    Those three rules ignore the loss: kappa is 0, and the look-ahead is applied in full.
+    These three rules ignore the loss; the look-ahead is then applied in full.
 
     For networks with batch norm take `preconditioner="spectral"`: each step moves a kernel along
     the polar factor of its gradient, and the learning rate is a fraction of the kernel's norm.
@@ -88,12 +88,12 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         lars_coefficient: float > 0 or `None`. If set, the step of each variable v is scaled by
             lars_coefficient * ||v|| / (||d_v|| + epsilon) (You et al. 2017), and by 1 where v is
             all zero, which would never leave zero otherwise.
-        fused: `"auto"`: the fused op where it can be used, the update composed of Keras operations
-            elsewhere (other backends, XLA, `tf.distribute` strategies, types other than float32 and
-            float64, a line search of your own, an op that is not built, and, with the rules
-            `"blended"` and `"polak_ribiere"`, `"spectral"` and preconditioners of your own);
-            `True`: raise where it cannot; `False`: composed. The logger "nlcg_tf" says at level
-            DEBUG which path runs.
+        fused: `"auto"`: the fused op where it can be used, elsewhere the reference update in Keras
+            operations; `True`: the op, or an error where it cannot be used; `False`: the reference.
+            The op serves the TensorFlow backend without XLA and `tf.distribute` strategies,
+            variables of float32 or float64, the line searches of this package; `"spectral"` and
+            preconditioners of your own with the rules `"momentum"` and `"fletcher_reeves"`. The
+            logger "nlcg_tf" says at level DEBUG which of the two runs.
         name: string.
         **kwargs: every other argument of `keras.optimizers.Optimizer`, with its meaning.
 
@@ -210,7 +210,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         return names
 
     def _check_state(self, variable, state):
-        if taken := set(composed.OWN_SLOTS) & set(state):
+        if taken := set(reference.OWN_SLOTS) & set(state):
             raise ValueError(
                 f"`preconditioner` has slots of the optimizer's own name: {', '.join(taken)}. "
                 f"Received: preconditioner={self.preconditioner!r}"
@@ -282,14 +282,14 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             update([*grads, learning_rate], variables)
 
     def _path(self, weights):
-        """The module that does this update: `nlcg_tf.fused` where it can, or `nlcg_tf.composed`."""
+        """The module that does this update: `nlcg_tf.fused` or `nlcg_tf.reference`."""
         if self.fused is False:
-            return composed
+            return reference
         reason = fused.why_not(self, weights)
         if self.fused is True and reason:
             raise RuntimeError(f"`fused=True`: {reason}")
-        logger.debug("NLCG update: %s", f"composed path, {reason}" if reason else "fused op")
-        return composed if reason else fused
+        logger.debug("NLCG update: %s", f"reference update, {reason}" if reason else "fused op")
+        return reference if reason else fused
 
     def _update_flags(self):
         is_update, _ = super()._update_flags()
@@ -303,10 +303,10 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             dict with "beta"; "step_size" (learning rate times scale, and with `"blended"` times the
             factor of the gradients' length); "learning_rate_scale" (1 without a line search);
             "curvature" (y^T s, with BFGS); "cosine" of the angle between the step and the negative
-            gradient; "kappa" (with `"blended"`); "preconditioner_mean" (the harmonic mean of h with
-            BFGS, which should stay within some powers of ten; else 1); and the counts "updates",
-            "skipped_updates" and "rejected_curvatures" (updates whose y^T s was not positive). All
-            zero before the first update, but for the scale.
+            gradient; "gain_ratio" (with `"blended"`); "preconditioner_mean" (the harmonic mean of h
+            with BFGS, which should stay within some powers of ten; else 1); and the counts
+            "updates", "skipped_updates" and "rejected_curvatures" (updates whose y^T s was not
+            positive). All zero before the first update, but for the scale.
         """
         shown = (*REALS[1:7], "learning_rate_scale", *COUNTS[:3])
         values = dict.fromkeys(shown, 0.0) | {"learning_rate_scale": 1.0}

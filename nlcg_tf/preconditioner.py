@@ -54,7 +54,7 @@ class Preconditioner(Configurable):
         return {}
 
     def update(
-        self, state: State, g: Tensors, w: Tensors | None, y: Any, s: Any, kappa: Any
+        self, state: State, g: Tensors, w: Tensors | None, y: Any, s: Any, gain_ratio: Any
     ) -> tuple[State, Any]:
         """The state after a gradient.
 
@@ -64,7 +64,7 @@ class Preconditioner(Configurable):
             g, w: lists of tensors, gradients and weights; w is `None` unless `uses_weights`.
             y, s: lists of tensors, the change of the gradient and the step that changed it, zero
                 in the first update; `None` unless `uses_steps`.
-            kappa: scalar tensor in [0, 1], how free of noise g is; 0 where that is not measured.
+            gain_ratio: scalar tensor in [0, 1], of `nlcg_tf.noise`; 0 where it is not measured.
 
         Returns:
             `(state, accepted)`: the new state, and whether y and s were good enough.
@@ -160,7 +160,7 @@ class DiagonalBFGS(Preconditioner):
     def initial_state(self, shape):
         return {"hessian_diagonal": (shape, 1.0)}
 
-    def update(self, state, g, w, y, s, kappa):
+    def update(self, state, g, w, y, s, gain_ratio):
         h, accepted = bfgs(state["hessian_diagonal"], g, y, s)
         return {"hessian_diagonal": h}, accepted
 
@@ -174,13 +174,13 @@ class DiagonalBFGS(Preconditioner):
 class NormalizedBFGS(DiagonalBFGS):
     """`DiagonalBFGS` that keeps the mean step as it is, and forgets.
 
-        h = bfgs(h) + rate (1 - bfgs(h)),  rate = (1 - decay) (1 - kappa)
+        h = bfgs(h) + rate (1 - bfgs(h)),  rate = (1 - decay) (1 - gain_ratio)
         P g = H g / (h + epsilon),  H = the harmonic mean of h + epsilon
 
     Only the relative curvature counts: the mean over all elements of step per gradient is the
     learning rate, as in SGD, whatever the noise in the gradients does to the size of h. What was
     learned at other weights or of noise fades towards 1, in `1 / (1 - decay)` updates; of gradients
-    without noise (kappa 1) nothing is forgotten.
+    without noise (gain_ratio 1) nothing is forgotten.
 
     Args:
         decay: float in (0, 1]; with 1 nothing is ever forgotten.
@@ -194,9 +194,9 @@ class NormalizedBFGS(DiagonalBFGS):
     def __post_init__(self):
         self._check("decay", is_fraction, "lie in (0, 1]")
 
-    def update(self, state, g, w, y, s, kappa):
-        state, accepted = super().update(state, g, w, y, s, kappa)
-        rate = (1 - self.decay) * (1 - kappa)
+    def update(self, state, g, w, y, s, gain_ratio):
+        state, accepted = super().update(state, g, w, y, s, gain_ratio)
+        rate = (1 - self.decay) * (1 - gain_ratio)
         h = [h_i + rate * (1 - h_i) for h_i in state["hessian_diagonal"]]
         return {"hessian_diagonal": h}, accepted
 

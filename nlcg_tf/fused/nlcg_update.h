@@ -32,22 +32,22 @@
 
 namespace nlcg {
 
-// Positions in the optimizer's two vectors of scalars; composed.py has the same lists.
+// Positions in the optimizer's two vectors of scalars; reference.py has the same lists.
 enum Real {
   kDelta,
   kStepSize,
   kBeta,
   kCurvature,
   kCosine,
-  kKappa,
+  kGainRatio,
   kMean,
-  kTestedLoss,
-  kLeftOver,
-  kForetold,
-  kMeanSquare,
-  kFirstSquare,
-  kMeanLength,
-  kCap,
+  kLastLoss,
+  kPredictionError,
+  kPredictedChange,
+  kMeanSquaredNorm,
+  kFirstSquaredNorm,
+  kMeanUpdateNorm,
+  kClipFactor,
   kScale,
   kLoss,
   kComparedLoss
@@ -128,8 +128,8 @@ struct Variable {
   T* g_prev_out;    // null: not kept, or the caller keeps the buffer of g as the next g_prev
   const T* g;
   const T* preconditioned;  // kGiven: P g; otherwise null
-  T* trust_ratio;     // the LARS factor of this variable's last step; null: 1
-  T* curvature_sums;  // sum(g_prev d) and sum(d h d), each in two parts; null where not kept
+  T* trust_ratio;           // the LARS factor of this variable's last step; null: 1
+  T* curvature_sums;        // sum(g_prev d) and sum(d h d), each in two parts; null where not kept
   int64_t size;
   double weight_decay;
 };
@@ -137,12 +137,12 @@ struct Variable {
 // What the sweeps add up over a chunk.
 constexpr int kSums = 10;
 struct Sums {
-  double of[kSums];
+  double values[kSums];
 };
 // kCheck: 0 where all gradients are finite, NaN otherwise; kSlope: g's
 enum CurvatureSum { kCheck, kYs, kShs, kSlope };
-// Of the divisor x and the quotient q = g/x: kFresh: g'q; kInverse: 1/x; kMid: g'(g_prev/x_prev)
-enum DirectionSum { kFresh = 1, kInverse, kMid, kGg, kNewSlope, kOldSlope, kQq, kQd, kDd };
+// Of the divisor x and the quotient q = g/x: kGq: g'q; kInverse: 1/x; kGqPrevious: g'(g_prev/x_prev)
+enum DirectionSum { kGq = 1, kInverse, kGqPrevious, kGg, kNewSlope, kOldSlope, kQq, kQd, kDd };
 enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 
 // `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
@@ -152,15 +152,16 @@ NLCG_HOST_DEVICE int FirstSweep(const Settings& settings) {
   return UsesBfgs(settings) ? kSweepCurvature : kSweepDirection;
 }
 
-// What one call does of an update. Where each worker has a part of the parameters, a sweep's sums have
-// to be summed over all workers before the next sweep: then a call does one, after it has worked out
-// anew what the sums of those before tell. The other pointers are like those of the update.
+// The portion of an update that one call does. Where each worker has a shard of the parameters, the
+// sums of a sweep must be added up over all workers before the next sweep. A call then does one sweep,
+// after it has repeated the scalar work of those before it from their known sums. The other pointers
+// are like those of the update.
 constexpr int kAllSweeps = -1;
-struct Turn {
+struct Portion {
   int sweep = kAllSweeps;
-  double elements = 0;                   // in all parts; for one sweep
-  const double* known[kSweepStep] = {};  // for one sweep: the sums of those before, over all parts
-  double* sums = nullptr;                // for one sweep: where its sums over this part go
+  double elements = 0;                   // in all shards; for one sweep
+  const double* known[kSweepStep] = {};  // for one sweep: the sums of those before, over all shards
+  double* sums = nullptr;                // for one sweep: where its sums over this shard go
 };
 
 // What one sweep tells the next; the new scalars wait here until the update is known to be done.
@@ -168,9 +169,9 @@ template <typename T>
 struct Stage {
   bool skip, first, accepted;
   T inv_ys, inv_shs, forget;
-  T scale, beta, kept, ahead, alpha, learning_rate;
+  T scale, beta, direction_factor, gradient_factor, alpha, learning_rate;
   T loss;
-  double kappa;
+  double gain_ratio;
   T reals[kComparedLoss + 1];
 };
 
@@ -182,11 +183,11 @@ using ParallelFor =
 
 // One update on the CPU, or a sweep of one. All pointers but those that may be null point to `size`
 // elements, no two of those that are written overlap. Returns whether the weights were updated: not
-// skipped, and not left to a later turn. The cosine of a turn is that of its own part.
+// skipped, and not left to a later call. The cosine of a single sweep is that of its own shard.
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                  T learning_rate, T loss, T* reals, int64_t* counts,
-                 const ParallelFor& parallel_for, const Turn& turn = {});
+                 const ParallelFor& parallel_for, const Portion& portion = {});
 
 }  // namespace nlcg
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import keras
 
-from nlcg_tf.composed import COUNTS, OWN_SLOTS, REALS, cosine
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
 from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, apply
 from nlcg_tf.reductions import are_divided, count, sum_of_parts
+from nlcg_tf.reference import COUNTS, OWN_SLOTS, REALS, cosine
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
 BUILD_COMMAND = "python -m nlcg_tf.fused.build"
@@ -128,11 +128,11 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
 
 @functools.cache
 def _warn_once(reason):
-    warnings.warn(f"NLCG uses the slower composed update: {reason}", stacklevel=2)
+    warnings.warn(f"NLCG uses the slower reference update: {reason}", stacklevel=2)
 
 
 def update(optimizer, gradients, learning_rate, variables, positions, weight_decays):
-    """One update by the op; the arguments are those of `nlcg_tf.composed.update`.
+    """One update by the op; the arguments are those of `nlcg_tf.reference.update`.
 
     Raises:
         tf.errors.OpError: where the variables do not fit each other; nothing is changed then.
@@ -202,8 +202,8 @@ def _precondition(optimizer, gradients, variables):
     weights = None
     if preconditioner.uses_weights:
         weights = [tf.convert_to_tensor(v) for v in variables["weights"]]
-    kappa = tf.zeros((), dtype)
-    state, _ = preconditioner.update(state, gradients, weights, None, None, kappa)
+    gain_ratio = tf.zeros((), dtype)
+    state, _ = preconditioner.update(state, gradients, weights, None, None, gain_ratio)
     preconditioned, mean = apply(preconditioner, state, gradients, weights, optimizer.epsilon)
     return preconditioned, state, mean
 

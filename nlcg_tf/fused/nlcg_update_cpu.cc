@@ -23,7 +23,7 @@ constexpr int64_t kChunk = 16384;
 constexpr int64_t kStreamed = 65536;
 
 void Add(const Sums& from, Sums* to) {
-  for (int i = 0; i < kSums; ++i) to->of[i] += from.of[i];
+  for (int i = 0; i < kSums; ++i) to->values[i] += from.values[i];
 }
 
 template <typename T, typename Body>
@@ -40,10 +40,10 @@ NLCG_HOST_DEVICE Sums RunCurvature(const Settings& settings, const Previous<T>& 
     return Run<T>(CurvatureBody<T>{v, previous, epsilon, step, settings.nesterov}, begin, end);
   }
   Sums sums = Run<T>(ProductBody<T>{v}, begin, end);
-  sums.of[kSlope] = sums.of[kYs] * step;
-  if (begin == 0) sums.of[kYs] -= KeptSum(v, 0);
-  sums.of[kYs] *= step;
-  sums.of[kShs] = begin == 0 ? KeptSum(v, 1) * step * step : 0;
+  sums.values[kSlope] = sums.values[kYs] * step;
+  if (begin == 0) sums.values[kYs] -= KeptSum(v, 0);
+  sums.values[kYs] *= step;
+  sums.values[kShs] = begin == 0 ? KeptSum(v, 1) * step * step : 0;
   return sums;
 }
 
@@ -126,7 +126,7 @@ struct Chunk {
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                  T learning_rate, T loss, T* reals, int64_t* counts,
-                 const ParallelFor& parallel_for, const Turn& turn) {
+                 const ParallelFor& parallel_for, const Portion& portion) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < variables.size(); ++i) {
     for (int64_t begin = 0; begin < variables[i].size; begin += kChunk) {
@@ -154,20 +154,20 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
     return total;
   };
 
-  double elements = turn.elements;
-  if (turn.sweep == kAllSweeps) {
+  double elements = portion.elements;
+  if (portion.sweep == kAllSweeps) {
     for (const Variable<T>& v : variables) elements += v.size;
   }
   Begin(settings, reals, counts, learning_rate, loss, &stage);
   for (int kind = FirstSweep(settings); kind <= kSweepStep; ++kind) {
     Sums total = {};
-    if (kind < turn.sweep) {
-      std::memcpy(&total, turn.known[kind], sizeof(total));
+    if (kind < portion.sweep) {
+      std::memcpy(&total, portion.known[kind], sizeof(total));
     } else if (!stage.skip) {
       total = sweep(Sweep(kind));
     }
-    if (kind == turn.sweep) std::memcpy(turn.sums, &total, sizeof(total));
-    if (kind == turn.sweep && kind != kSweepStep) return false;
+    if (kind == portion.sweep) std::memcpy(portion.sums, &total, sizeof(total));
+    if (kind == portion.sweep && kind != kSweepStep) return false;
     Finish(settings, kind, elements, total, &stage, reals, counts);
   }
   if (stage.skip) return false;
@@ -181,8 +181,8 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
 }
 
 template bool UpdateOnCpu<float>(const Settings&, const std::vector<Variable<float>>&, float, float,
-                                 float*, int64_t*, const ParallelFor&, const Turn&);
+                                 float*, int64_t*, const ParallelFor&, const Portion&);
 template bool UpdateOnCpu<double>(const Settings&, const std::vector<Variable<double>>&, double,
-                                  double, double*, int64_t*, const ParallelFor&, const Turn&);
+                                  double, double*, int64_t*, const ParallelFor&, const Portion&);
 
 }  // namespace nlcg

@@ -70,7 +70,7 @@ __device__ double BlockSum(double value, double* shared) {
 template <int kSize>
 __device__ Sums BlockSums(const Sums& mine, double* shared) {
   Sums total;
-  for (int i = 0; i < kSums; ++i) total.of[i] = BlockSum<kSize>(mine.of[i], shared);
+  for (int i = 0; i < kSums; ++i) total.values[i] = BlockSum<kSize>(mine.values[i], shared);
   return total;
 }
 
@@ -101,7 +101,8 @@ template <typename T>
 __device__ T LastStep(const Settings& settings, const Previous<T>& previous, const Variable<T>& v,
                       T step, T old_divisor, int64_t i) {
   T d = v.d[i];
-  if (settings.nesterov) d = Direction(v.g_prev[i], old_divisor, d, previous.ahead, previous.kept);
+  if (settings.nesterov)
+    d = Direction(v.g_prev[i], old_divisor, d, previous.gradient_factor, previous.direction_factor);
   return step * d;
 }
 
@@ -145,7 +146,7 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
   const T epsilon = T(settings.epsilon);
   const bool accepted = kPreconditioner == kBfgs && stage.accepted;
   const bool tests = kPreconditioner != kBfgs && settings.rule == kBlended;
-  T check = 0, fresh = 0, inverse = 0, mid = 0, gg = 0, new_slope = 0, old_slope = 0;
+  T check = 0, gq = 0, inverse = 0, gq_previous = 0, gg = 0, new_slope = 0, old_slope = 0;
   T qq = 0, qd = 0, dd = 0;
 #pragma unroll 4
   for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
@@ -165,21 +166,21 @@ __device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
     }
     check += g - g;
     const T q = kPreconditioner == kGiven ? v.preconditioned[i] : g / divisor;
-    fresh += g * q;
+    gq += g * q;
     gg += g * g;
     qq += q * q;
     if (settings.rule == kBlended) {
       qd += q * v.d[i];
       dd += v.d[i] * v.d[i];
     }
-    if (settings.rule == kPolakRibiere) mid += g * (v.g_prev[i] / old_divisor);
+    if (settings.rule == kPolakRibiere) gq_previous += g * (v.g_prev[i] / old_divisor);
     if (tests) {
       const T s = LastStep(settings, previous, v, step, old_divisor, i);
       new_slope += g * s;
       old_slope += v.g_prev[i] * s;
     }
   }
-  return {{double(check), double(fresh), double(inverse), double(mid), double(gg),
+  return {{double(check), double(gq), double(inverse), double(gq_previous), double(gg),
            double(new_slope), double(old_slope), double(qq), double(qd), double(dd)}};
 }
 
@@ -201,7 +202,9 @@ __device__ Sums StepSweep(const Settings& settings, const Stage<T>& stage, const
       divisor += epsilon;
     }
     const T d = Direction(divided, divisor, v.d[i], stage.scale, stage.beta);
-    const T step = settings.nesterov ? Direction(divided, divisor, d, stage.ahead, stage.kept) : d;
+    const T step = settings.nesterov ? Direction(divided, divisor, d, stage.gradient_factor,
+                                                 stage.direction_factor)
+                                     : d;
     v.d[i] = d;
     if (v.g_prev_out != nullptr) v.g_prev_out[i] = g;
     if (lars) {
@@ -231,8 +234,9 @@ __device__ void LarsSweep(const Settings& settings, const Stage<T>& stage, const
     if (settings.nesterov) {
       T h = v.h == nullptr ? T(1) : v.h[i];
       d = kPreconditioner == kGiven
-              ? Direction(v.preconditioned[i], T(1), d, stage.ahead, stage.kept)
-              : Direction(v.g[i], h + epsilon, d, stage.ahead, stage.kept);
+              ? Direction(v.preconditioned[i], T(1), d, stage.gradient_factor,
+                          stage.direction_factor)
+              : Direction(v.g[i], h + epsilon, d, stage.gradient_factor, stage.direction_factor);
     }
     v.w[i] = Weight(v.w[i], d, decay_rate, step);
   }
@@ -273,7 +277,7 @@ __global__ void __launch_bounds__(kThreads)
 __device__ Sums SumChunks(const Sums* sums, int64_t first, int64_t last, double* shared) {
   Sums mine = {};
   for (int64_t i = first + threadIdx.x; i < last; i += kSumThreads) {
-    for (int j = 0; j < kSums; ++j) mine.of[j] += sums[i].of[j];
+    for (int j = 0; j < kSums; ++j) mine.values[j] += sums[i].values[j];
   }
   return BlockSums<kSumThreads>(mine, shared);
 }
@@ -286,14 +290,15 @@ struct Scalars {
   int64_t* counts;
 };
 
-// What the sums of the sweeps before this turn tell, worked out anew.
+// Repeats the scalar work of the sweeps before this one.
 template <typename T>
-__global__ void RecallKernel(Settings settings, Turn turn, Scalars<T> scalars, Stage<T>* stage) {
+__global__ void RecallKernel(Settings settings, Portion portion, Scalars<T> scalars,
+                             Stage<T>* stage) {
   Begin(settings, scalars.reals, scalars.counts, *scalars.learning_rate, *scalars.loss, stage);
-  for (int kind = FirstSweep(settings); kind < turn.sweep; ++kind) {
+  for (int kind = FirstSweep(settings); kind < portion.sweep; ++kind) {
     Sums known;
-    for (int i = 0; i < kSums; ++i) known.of[i] = turn.known[kind][i];
-    Finish(settings, kind, turn.elements, known, stage, scalars.reals, scalars.counts);
+    for (int i = 0; i < kSums; ++i) known.values[i] = portion.known[kind][i];
+    Finish(settings, kind, portion.elements, known, stage, scalars.reals, scalars.counts);
   }
 }
 
@@ -301,7 +306,7 @@ __global__ void RecallKernel(Settings settings, Turn turn, Scalars<T> scalars, S
 // is a block for each variable besides: its LARS factor, and its sums for the next update.
 template <typename T, int kSweep, int kPreconditioner>
 __global__ void __launch_bounds__(kSumThreads)
-    FinishKernel(Settings settings, Turn turn, Scratch<T> scratch, Scalars<T> scalars) {
+    FinishKernel(Settings settings, Portion portion, Scratch<T> scratch, Scalars<T> scalars) {
   __shared__ double shared[kSumThreads];
   Stage<T>* stage = scratch.stage;
   const bool is_first = kSweep == (kPreconditioner == kBfgs ? kSweepCurvature : kSweepDirection);
@@ -318,21 +323,23 @@ __global__ void __launch_bounds__(kSumThreads)
   if (is_first) {
     Begin(settings, scalars.reals, scalars.counts, *scalars.learning_rate, *scalars.loss, stage);
   }
-  if (kSweep == turn.sweep) {
+  if (kSweep == portion.sweep) {
     // A sweep that was skipped left nothing to add up.
-    for (int i = 0; i < kSums; ++i) turn.sums[i] = stage->skip ? 0 : total.of[i];
+    for (int i = 0; i < kSums; ++i) portion.sums[i] = stage->skip ? 0 : total.values[i];
     if (kSweep != kSweepStep) return;
   }
-  Finish(settings, kSweep, turn.elements, total, stage, scalars.reals, scalars.counts);
+  Finish(settings, kSweep, portion.elements, total, stage, scalars.reals, scalars.counts);
 }
 
-// All launches of a turn but those that write the table.
+// All launches of a call but those that write the table.
 template <typename T, int kPreconditioner>
-void Launch(const Settings& settings, const Turn& turn, const Scratch<T>& scratch,
+void Launch(const Settings& settings, const Portion& portion, const Scratch<T>& scratch,
             const Scalars<T>& scalars, cudaStream_t stream) {
   const int blocks = static_cast<int>(scratch.chunks);
   const bool keeps = settings.lars_coefficient > 0 || KeepsSums(settings);
-  const auto has = [&turn](int kind) { return turn.sweep == kAllSweeps || turn.sweep == kind; };
+  const auto has = [&portion](int kind) {
+    return portion.sweep == kAllSweeps || portion.sweep == kind;
+  };
 #define NLCG_SWEEP(kind)                                                     \
   if (blocks > 0) {                                                          \
     SweepKernel<T, kind, kPreconditioner>                                    \
@@ -340,9 +347,9 @@ void Launch(const Settings& settings, const Turn& turn, const Scratch<T>& scratc
   }
 #define NLCG_FINISH(kind, extra_blocks)  \
   FinishKernel<T, kind, kPreconditioner> \
-      <<<1 + (extra_blocks), kSumThreads, 0, stream>>>(settings, turn, scratch, scalars)
-  if (turn.sweep > FirstSweep(settings)) {
-    RecallKernel<T><<<1, 1, 0, stream>>>(settings, turn, scalars, scratch.stage);
+      <<<1 + (extra_blocks), kSumThreads, 0, stream>>>(settings, portion, scratch, scalars)
+  if (portion.sweep > FirstSweep(settings)) {
+    RecallKernel<T><<<1, 1, 0, stream>>>(settings, portion, scalars, scratch.stage);
   }
   if (kPreconditioner == kBfgs && has(kSweepCurvature)) {
     NLCG_SWEEP(kSweepCurvature);
@@ -378,7 +385,7 @@ size_t GpuScratchBytes(const std::vector<Variable<T>>& variables) {
 template <typename T>
 const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                         const T* learning_rate, const T* loss, T* reals, int64_t* counts,
-                        void* scratch_memory, void* stream_pointer, const Turn& turn) {
+                        void* scratch_memory, void* stream_pointer, const Portion& portion) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   char* memory = static_cast<char*>(scratch_memory);
   Scratch<T> scratch;
@@ -408,8 +415,8 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   flush();
   if (scratch.chunks > 2147483647) return "too many elements for one grid";
 
-  Turn all = turn;
-  if (turn.sweep == kAllSweeps) {
+  Portion all = portion;
+  if (portion.sweep == kAllSweeps) {
     for (const Variable<T>& v : variables) all.elements += v.size;
   }
   const auto launch = UsesBfgs(settings)                  ? Launch<T, kBfgs>
@@ -428,9 +435,9 @@ template size_t GpuScratchBytes<float>(const std::vector<Variable<float>>&);
 template size_t GpuScratchBytes<double>(const std::vector<Variable<double>>&);
 template const char* UpdateOnGpu<float>(const Settings&, const std::vector<Variable<float>>&,
                                         const float*, const float*, float*, int64_t*, void*, void*,
-                                        const Turn&);
+                                        const Portion&);
 template const char* UpdateOnGpu<double>(const Settings&, const std::vector<Variable<double>>&,
                                          const double*, const double*, double*, int64_t*, void*,
-                                         void*, const Turn&);
+                                         void*, const Portion&);
 
 }  // namespace nlcg

@@ -239,11 +239,10 @@ class NlcgUpdateOp : public OpKernel {
     Tensor* sums = nullptr;
     const int64_t numbers = sweep_ == nlcg::kAllSweeps ? 0 : nlcg::kSums;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({numbers}), &sums));
-    const bool applied =
-        Device::Update(ctx, settings, KernelVariables(ctx, vars, adopted),
-                       Input(ctx, layout_.input.learning_rate), Input(ctx, layout_.input.loss),
-                       Data<T>(vars[layout_.variable.reals]),
-                       Data<int64_t>(vars[layout_.variable.counts]), MakeTurn(ctx, sums));
+    const bool applied = Device::Update(
+        ctx, settings, KernelVariables(ctx, vars, adopted), Input(ctx, layout_.input.learning_rate),
+        Input(ctx, layout_.input.loss), Data<T>(vars[layout_.variable.reals]),
+        Data<int64_t>(vars[layout_.variable.counts]), MakePortion(ctx, sums));
     if (applied) KeepAdopted(vars, &adopted);
   }
 
@@ -323,16 +322,16 @@ class NlcgUpdateOp : public OpKernel {
     return absl::OkStatus();
   }
 
-  nlcg::Turn MakeTurn(OpKernelContext* ctx, Tensor* sums) const {
-    nlcg::Turn turn;
-    turn.sweep = sweep_;
-    turn.elements = elements_;
-    turn.sums = sums->flat<double>().data();
+  nlcg::Portion MakePortion(OpKernelContext* ctx, Tensor* sums) const {
+    nlcg::Portion portion;
+    portion.sweep = sweep_;
+    portion.elements = elements_;
+    portion.sums = sums->flat<double>().data();
     const int first = nlcg::FirstSweep(settings_);
     for (int i = first; i < sweep_; ++i) {
-      turn.known[i] = ctx->input(layout_.input.known_sums + i - first).flat<double>().data();
+      portion.known[i] = ctx->input(layout_.input.known_sums + i - first).flat<double>().data();
     }
-    return turn;
+    return portion;
   }
 
   Adopted AdoptGradients(OpKernelContext* ctx) const {

@@ -1,4 +1,4 @@
-// The scalar logic between the sweeps; composed.py has stages of the same names.
+// The scalar logic between the sweeps; reference.py has stages of the same names.
 
 #ifndef NLCG_TF_FUSED_NLCG_UPDATE_STAGES_H_
 #define NLCG_TF_FUSED_NLCG_UPDATE_STAGES_H_
@@ -19,22 +19,24 @@ NLCG_HOST_DEVICE double ClippedToOne(double x) {
   return !Finite(x) || x < 0 ? 0 : x > 1 ? 1 : x;
 }
 
-// Factors of the step that is taken, (1 - a) d + a (z + beta d) with a = 1 - kappa: of d, and of the
+// The step is (1 - a) d + a (z + beta d) with a = 1 - gain_ratio: the factors of d, and of the
 // divided gradient.
 template <typename T>
-NLCG_HOST_DEVICE void LookAhead(T beta, T scale, T kappa, T* kept, T* ahead) {
-  const T look_ahead = T(1) - kappa;
-  *kept = T(1) - look_ahead + look_ahead * beta;
-  *ahead = look_ahead * scale;
+NLCG_HOST_DEVICE void LookAhead(T beta, T scale, T gain_ratio, T* direction_factor,
+                                T* gradient_factor) {
+  const T look_ahead = T(1) - gain_ratio;
+  *direction_factor = T(1) - look_ahead + look_ahead * beta;
+  *gradient_factor = look_ahead * scale;
 }
 
 // What made up the last step; the scalars still are those of the update before.
 template <typename T>
 struct Previous {
-  T size, scale, kept, ahead;
+  T size, scale, direction_factor, gradient_factor;
   NLCG_HOST_DEVICE Previous(const Settings& settings, const T* reals)
       : size(reals[kStepSize]), scale(IsScaled(settings) ? reals[kMean] : T(1)) {
-    LookAhead(reals[kBeta], scale * reals[kCap], reals[kKappa], &kept, &ahead);
+    LookAhead(reals[kBeta], scale * reals[kClipFactor], reals[kGainRatio], &direction_factor,
+              &gradient_factor);
   }
 };
 
@@ -45,9 +47,9 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
                             T learning_rate, T loss, Stage<T>* stage) {
   const int64_t updates = counts[kUpdates];
   stage->first = updates == 0;
-  for (int i = kTestedLoss; i <= kMeanLength; ++i) stage->reals[i] = reals[i];
+  for (int i = kLastLoss; i <= kMeanUpdateNorm; ++i) stage->reals[i] = reals[i];
   stage->loss = loss;
-  stage->kappa = 0;
+  stage->gain_ratio = 0;
   double scale = 1;
   if (settings.line_search != kNoLineSearch) scale = reals[kScale];
   if (settings.line_search == kOnline) {
@@ -85,60 +87,61 @@ NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int6
   stage->skip = !Finite(stage->alpha) || (UsesLoss(settings) && !Finite(loss));
 }
 
-// The trapezoid test (noise.py): kappa, from g's and g_prev's.
+// The gain ratio (noise.py), from g's and g_prev's.
 template <typename T>
-NLCG_HOST_DEVICE void TestNoise(const T* reals, const int64_t* counts, double slope,
-                                double previous_slope, Stage<T>* stage) {
+NLCG_HOST_DEVICE void MeasureGainRatio(const T* reals, const int64_t* counts, double slope,
+                                       double previous_slope, Stage<T>* stage) {
   const double loss = stage->loss;
-  const double change = loss - reals[kTestedLoss] - (slope + previous_slope) / 2;
+  const double change = loss - reals[kLastLoss] - (slope + previous_slope) / 2;
   double error = fabs(change / loss) - kRounding;
   if (error < 0) error = 0;
   const double size = (fabs(slope / loss) + fabs(previous_slope / loss)) / 2;
   if (!stage->first && Finite(error) && Finite(size)) {
     const double memory = counts[kUpdates] > 1 ? kMemory : 0;
-    stage->reals[kLeftOver] = T(memory * reals[kLeftOver] + (1 - memory) * error);
-    stage->reals[kForetold] = T(memory * reals[kForetold] + (1 - memory) * size);
+    stage->reals[kPredictionError] = T(memory * reals[kPredictionError] + (1 - memory) * error);
+    stage->reals[kPredictedChange] = T(memory * reals[kPredictedChange] + (1 - memory) * size);
   }
-  stage->reals[kTestedLoss] = stage->loss;
-  const double left_over = stage->reals[kLeftOver];
-  stage->kappa = ClippedToOne(1 - left_over / stage->reals[kForetold]);
+  stage->reals[kLastLoss] = stage->loss;
+  const double prediction_error = stage->reals[kPredictionError];
+  stage->gain_ratio = ClippedToOne(1 - prediction_error / stage->reals[kPredictedChange]);
 }
 
-// What makes up for shrinking gradients (noise.py), as far as they are noise.
+// Gradient-norm normalization (noise.py).
 template <typename T>
-NLCG_HOST_DEVICE double LengthFactor(double square, const T* reals, Stage<T>* stage) {
+NLCG_HOST_DEVICE double NormFactor(double square, const T* reals, Stage<T>* stage) {
   if (Finite(T(square))) {
-    const double mean = reals[kMeanSquare];
+    const double mean = reals[kMeanSquaredNorm];
     if (mean > 0) square = kLengthMemory * mean + (1 - kLengthMemory) * square;
-    stage->reals[kMeanSquare] = T(square);
-    if (reals[kFirstSquare] == 0) stage->reals[kFirstSquare] = T(square);
+    stage->reals[kMeanSquaredNorm] = T(square);
+    if (reals[kFirstSquaredNorm] == 0) stage->reals[kFirstSquaredNorm] = T(square);
   }
-  const double mean = stage->reals[kMeanSquare], first = stage->reals[kFirstSquare];
-  const double factor = exp((1 - stage->kappa) / 2 * (log(first) - log(mean)));
+  const double mean = stage->reals[kMeanSquaredNorm], first = stage->reals[kFirstSquaredNorm];
+  const double factor = exp((1 - stage->gain_ratio) / 2 * (log(first) - log(mean)));
   return Finite(factor) ? factor : 1;
 }
 
-// What shortens a direction that is much longer than the mean (noise.py).
+// Update clipping (noise.py).
 template <typename T>
-NLCG_HOST_DEVICE double LengthCap(double length, double momentum, const T* reals, Stage<T>* stage) {
+NLCG_HOST_DEVICE double ClipFactor(double length, double momentum, const T* reals,
+                                   Stage<T>* stage) {
   if (!Finite(T(length))) return 1;
-  const double mean = reals[kMeanLength];
+  const double mean = reals[kMeanUpdateNorm];
   if (!(mean > 0)) {
-    stage->reals[kMeanLength] = T(length / (1 - momentum));
+    stage->reals[kMeanUpdateNorm] = T(length / (1 - momentum));
     return 1;
   }
-  const double cap = length > kGrowth * mean ? kGrowth * mean / length : 1;
-  stage->reals[kMeanLength] = T(kMemory * mean + (1 - kMemory) * cap * length);
-  return cap;
+  const double clip_factor = length > kGrowth * mean ? kGrowth * mean / length : 1;
+  stage->reals[kMeanUpdateNorm] = T(kMemory * mean + (1 - kMemory) * clip_factor * length);
+  return clip_factor;
 }
 
 // After sweep 1 of BFGS.
 template <typename T>
 NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const T* reals,
                                       const int64_t* counts, const Sums& sums, Stage<T>* stage) {
-  const T curvature = T(sums.of[kYs]), scaled = T(sums.of[kShs]);
-  const double slope = sums.of[kSlope], previous_slope = slope - sums.of[kYs];
-  stage->skip = stage->skip || sums.of[kCheck] != 0;
+  const T curvature = T(sums.values[kYs]), scaled = T(sums.values[kShs]);
+  const double slope = sums.values[kSlope], previous_slope = slope - sums.values[kYs];
+  stage->skip = stage->skip || sums.values[kCheck] != 0;
   stage->accepted = !stage->first && curvature > T(kTiny) && scaled > T(kTiny) &&
                     curvature > kResolution * (fabs(slope) + fabs(previous_slope)) &&
                     Finite(curvature) && Finite(scaled);
@@ -146,9 +149,9 @@ NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const T* reals,
   stage->inv_shs = T(1) / scaled;
   stage->reals[kCurvature] = curvature;
   if (settings.rule == kBlended) {
-    TestNoise(reals, counts, slope, previous_slope, stage);
+    MeasureGainRatio(reals, counts, slope, previous_slope, stage);
   }
-  stage->forget = T((1 - settings.decay) * (1 - stage->kappa));
+  stage->forget = T((1 - settings.decay) * (1 - stage->gain_ratio));
 }
 
 // After sweep 2, or the first one without BFGS; `elements` are those of all variables.
@@ -156,47 +159,49 @@ template <typename T>
 NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
                                       const int64_t* counts, double elements, const Sums& sums,
                                       Stage<T>* stage) {
-  stage->skip = stage->skip || sums.of[kCheck] != 0;
+  stage->skip = stage->skip || sums.values[kCheck] != 0;
   double mean = 1;
   if (UsesBfgs(settings)) {
-    if (elements > 0) mean = elements / sums.of[kInverse];
+    if (elements > 0) mean = elements / sums.values[kInverse];
   } else {
     stage->reals[kCurvature] = 0;
     if (settings.rule == kBlended) {
-      TestNoise(reals, counts, sums.of[kNewSlope], sums.of[kOldSlope], stage);
+      MeasureGainRatio(reals, counts, sums.values[kNewSlope], sums.values[kOldSlope], stage);
     }
   }
   stage->reals[kMean] = T(mean);
   stage->scale = IsScaled(settings) ? T(mean) : T(1);
-  const T delta = T(stage->scale * sums.of[kFresh]);
+  const T delta = T(stage->scale * sums.values[kGq]);
   double top = delta;
-  if (settings.rule == kPolakRibiere) top -= T(Previous<T>(settings, reals).scale * sums.of[kMid]);
+  if (settings.rule == kPolakRibiere)
+    top -= T(Previous<T>(settings, reals).scale * sums.values[kGqPrevious]);
   double beta = ClippedToOne(top / (reals[kDelta] + T(kTiny)));
   if (settings.rule == kBlended) {
-    beta = stage->kappa * beta + (1 - stage->kappa) * settings.momentum;
+    beta = stage->gain_ratio * beta + (1 - stage->gain_ratio) * settings.momentum;
   }
   if (stage->first) beta = 0;
   if (settings.rule == kMomentum) beta = settings.momentum;
   stage->beta = T(beta);
   stage->reals[kDelta] = delta;
   stage->reals[kBeta] = stage->beta;
-  stage->reals[kKappa] = T(stage->kappa);
-  LookAhead(stage->beta, stage->scale, T(stage->kappa), &stage->kept, &stage->ahead);
-  stage->reals[kCap] = 1;
+  stage->reals[kGainRatio] = T(stage->gain_ratio);
+  LookAhead(stage->beta, stage->scale, T(stage->gain_ratio), &stage->direction_factor,
+            &stage->gradient_factor);
+  stage->reals[kClipFactor] = 1;
   if (settings.rule != kBlended) return;
   // The step is of_d d - of_q q.
   double of_d = stage->beta, of_q = stage->scale;
   if (settings.nesterov) {
-    of_d *= stage->kept;
-    of_q = stage->kept * of_q + stage->ahead;
+    of_d *= stage->direction_factor;
+    of_q = stage->direction_factor * of_q + stage->gradient_factor;
   }
-  double square = of_d * of_d * sums.of[kDd] + of_q * of_q * sums.of[kQq];
-  square -= 2 * of_d * of_q * sums.of[kQd];
-  const double factor = LengthFactor(sums.of[kGg], reals, stage);
+  double square = of_d * of_d * sums.values[kDd] + of_q * of_q * sums.values[kQq];
+  square -= 2 * of_d * of_q * sums.values[kQd];
+  const double factor = NormFactor(sums.values[kGg], reals, stage);
   const double length = factor * sqrt(square > 0 ? square : 0);
-  const T cap = T(LengthCap(length, settings.momentum, reals, stage));
-  stage->reals[kCap] = cap;
-  for (T* x : {&stage->beta, &stage->scale, &stage->ahead}) *x *= cap;
+  const T clip_factor = T(ClipFactor(length, settings.momentum, reals, stage));
+  stage->reals[kClipFactor] = clip_factor;
+  for (T* x : {&stage->beta, &stage->scale, &stage->gradient_factor}) *x *= clip_factor;
   stage->alpha *= T(factor);
   stage->reals[kStepSize] = stage->alpha;
   stage->skip = stage->skip || !Finite(stage->alpha);
@@ -211,8 +216,8 @@ NLCG_HOST_DEVICE void FinishStep(const Settings& settings, int real_count, const
     counts[kSkipped] += 1;
     return;
   }
-  const double norms = sqrt(sums.of[kStepGg]) * sqrt(sums.of[kStepDd]);
-  stage->reals[kCosine] = norms > 0 ? T(-sums.of[kStepGd] / norms) : T(0);
+  const double norms = sqrt(sums.values[kStepGg]) * sqrt(sums.values[kStepDd]);
+  stage->reals[kCosine] = norms > 0 ? T(-sums.values[kStepGd] / norms) : T(0);
   for (int i = 0; i < real_count; ++i) reals[i] = stage->reals[i];
   counts[kUpdates] += 1;
   if (UsesBfgs(settings) && !stage->first && !stage->accepted) counts[kRejected] += 1;
@@ -237,14 +242,14 @@ template <typename T>
 NLCG_HOST_DEVICE void FinishVariable(const Settings& settings, const Sums& sums,
                                      const Variable<T>& v) {
   if (v.trust_ratio != nullptr) {
-    const double norm = sqrt(sums.of[kStepWw]);
+    const double norm = sqrt(sums.values[kStepWw]);
     const double ratio =
-        settings.lars_coefficient * norm / (sqrt(sums.of[kStepDd]) + settings.epsilon);
+        settings.lars_coefficient * norm / (sqrt(sums.values[kStepDd]) + settings.epsilon);
     *v.trust_ratio = norm > 0 ? T(ratio) : T(1);
   }
   if (v.curvature_sums != nullptr) {
     for (int i = 0; i < 2; ++i) {
-      const double sum = sums.of[kNextGd + i];
+      const double sum = sums.values[kNextGd + i];
       v.curvature_sums[2 * i] = T(sum);
       v.curvature_sums[2 * i + 1] = T(sum - T(sum));
     }

@@ -118,7 +118,8 @@ NLCG_HOST_DEVICE typename Simd<T>::Vector LastStep(const Variable<T>& v,
                                                    typename Simd<T>::Vector old_divisor, int64_t i,
                                                    int64_t n) {
   typename Simd<T>::Vector d = Load(v.d + i, n);
-  if (nesterov) d = Direction(g_prev, old_divisor, d, previous.ahead, previous.kept);
+  if (nesterov)
+    d = Direction(g_prev, old_divisor, d, previous.gradient_factor, previous.direction_factor);
   return step * d;
 }
 
@@ -167,11 +168,11 @@ struct DirectionSums {
   const Previous<T>& previous;
   const int rule;
   const bool nesterov;
-  V check = {}, fresh = {}, inverse = {}, mid = {}, gg = {}, new_slope = {}, old_slope = {};
+  V check = {}, gq = {}, inverse = {}, gq_previous = {}, gg = {}, new_slope = {}, old_slope = {};
   V qq = {}, qd = {}, dd = {};
   NLCG_HOST_DEVICE void Add(V g, V quotient, int64_t i, int64_t n) {
     check += g - g;
-    fresh += g * quotient;
+    gq += g * quotient;
     gg += g * g;
     qq += quotient * quotient;
     if (rule != kBlended) return;
@@ -179,8 +180,8 @@ struct DirectionSums {
     qd += quotient * d;
     dd += d * d;
   }
-  NLCG_HOST_DEVICE void AddMid(V g, V old_divisor, int64_t i, int64_t n) {
-    if (rule == kPolakRibiere) mid += g * (Load(v.g_prev + i, n) / old_divisor);
+  NLCG_HOST_DEVICE void AddGqPrevious(V g, V old_divisor, int64_t i, int64_t n) {
+    if (rule == kPolakRibiere) gq_previous += g * (Load(v.g_prev + i, n) / old_divisor);
   }
   NLCG_HOST_DEVICE void AddSlopes(V g, V old_divisor, T step, int64_t i, int64_t n) {
     if (rule != kBlended) return;
@@ -190,7 +191,7 @@ struct DirectionSums {
     old_slope += g_prev * s;
   }
   NLCG_HOST_DEVICE Sums Result() const {
-    return {{Sum<T>(check), Sum<T>(fresh), Sum<T>(inverse), Sum<T>(mid), Sum<T>(gg),
+    return {{Sum<T>(check), Sum<T>(gq), Sum<T>(inverse), Sum<T>(gq_previous), Sum<T>(gg),
              Sum<T>(new_slope), Sum<T>(old_slope), Sum<T>(qq), Sum<T>(qd), Sum<T>(dd)}};
   }
 };
@@ -217,7 +218,7 @@ struct HessianBody {
     // Elements that are not there have no part in the sum over 1 / h.
     for (int64_t j = n; j < Lanes<T>(); ++j) inverse[j] = 0;
     sums.inverse += inverse;
-    sums.AddMid(g, h_before + epsilon, i, n);
+    sums.AddGqPrevious(g, h_before + epsilon, i, n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
 };
@@ -232,7 +233,7 @@ struct PlainBody {
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
     const V g = Load(v.g + i, n), divisor = V{} + (T(1) + epsilon);
     sums.Add(g, g / divisor, i, n);
-    sums.AddMid(g, divisor, i, n);
+    sums.AddGqPrevious(g, divisor, i, n);
     sums.AddSlopes(g, divisor, step, i, n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
@@ -270,7 +271,8 @@ struct StepBody {
     }
     const V d = Direction(divided, divisor, Load(v.d + i, n), stage.scale, stage.beta);
     V step = d;
-    if (nesterov) step = Direction(divided, divisor, d, stage.ahead, stage.kept);
+    if (nesterov)
+      step = Direction(divided, divisor, d, stage.gradient_factor, stage.direction_factor);
     Store(v.d + i, d, n);
     if (stream && n == Lanes<T>()) {
       Stream(v.g_prev_out + i, g);
@@ -312,7 +314,7 @@ struct LarsBody {
       if (v.h != nullptr) h = Load(v.h + i, n);
       if (!is_given) h += epsilon;
       const V divided = Load((is_given ? v.preconditioned : v.g) + i, n);
-      d = Direction(divided, h, d, stage.ahead, stage.kept);
+      d = Direction(divided, h, d, stage.gradient_factor, stage.direction_factor);
     }
     Store(v.w + i, Weight(Load(v.w + i, n), d, decay_rate, step), n);
   }

@@ -1,6 +1,6 @@
 """Times a whole training step: `python -m scripts.bench.step --json=out.json`.
 
-Forms of NLCG with the fused op, and one composed, beside Keras' SGD with momentum: forward,
+Forms of NLCG with the fused op, and one reference, beside Keras' SGD with momentum: forward,
 backward, update; in turn, in one process, on random images.
 """
 
@@ -24,7 +24,7 @@ CASES = {
 }
 OPTIMIZERS = {
     **{name: lambda s=settings: nlcg(**s) for name, (settings, *_) in FORMS.items()},
-    "composed": lambda: nlcg(fused=False, preconditioner="bfgs"),
+    "reference": lambda: nlcg(fused=False, preconditioner="bfgs"),
     "momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
 }
 

@@ -1,6 +1,6 @@
 """Times one update of the optimizers alone: `python -m scripts.bench.update --json=out.json`.
 
-The forms of the fused NLCG update beside a composed one, Keras' Adam and Keras' SGD with momentum,
+The forms of the fused NLCG update beside a reference one, Keras' Adam and Keras' SGD with momentum,
 on the variables of ResNet-50 and ResNet-32 and on one long vector; in turn, in one process.
 Gradients are read from variables, so that the op cannot take them over but has to copy them, one
 transfer of the parameter vector that a training step does not have.
@@ -48,7 +48,7 @@ def nlcg(fused=True, **settings):
 
 OPTIMIZERS = {
     **{name: lambda s=settings: nlcg(**s) for name, (settings, *_) in FORMS.items()},
-    "composed": lambda: nlcg(fused=False, preconditioner="bfgs"),
+    "reference": lambda: nlcg(fused=False, preconditioner="bfgs"),
     "adam": lambda: keras.optimizers.Adam(1e-4),
     "momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
 }
@@ -137,7 +137,7 @@ def bench(name, repeats):
     for form, (_, reads, writes) in FORMS.items():
         gigabytes = (reads + writes) * 4 * size / 1e9
         bandwidth = gigabytes / np.median(seconds[form])
-        others = ("momentum", "adam", "composed")
+        others = ("momentum", "adam", "reference")
         result["forms"][form] = {
             "ratios": {key: ratio(seconds, form, key) for key in others},
             "gigabytes_moved": gigabytes,
@@ -198,7 +198,7 @@ def main():
         repeats = arguments.repeats * (10 if name == "resnet32" else 1)
         result["cases"][name] = bench(name, repeats)
     result["nanoseconds_a_parameter"] = bench_linearity(arguments.repeats)
-    result["peak_memory_in_vectors"] = {p: peak_memory(p) for p in ("bfgs", "composed")}
+    result["peak_memory_in_vectors"] = {p: peak_memory(p) for p in ("bfgs", "reference")}
     print(
         "peak memory of an update above the variables, in parameter vectors: "
         + ", ".join(

@@ -3,7 +3,7 @@
     python -m scripts.curvature --folder=runs/ablation --rates=5 --seeds=10 --optimizers default ...
 
 A variant is named on the study's command line as the optimizers are, and gets the same search. All
-of them, `default` too, take the composed update, so that nothing but the mechanism differs.
+of them, `default` too, take the reference update, so that nothing but the mechanism differs.
 """
 
 import collections
@@ -36,21 +36,21 @@ def _variant(title, colour, line="-", arguments=None, **changes):
     return Variant(title, colour, line, MARKERS[line], {}, None, False, arguments or {}, changes)
 
 
-def _constant_beta(delta_new, delta, kappa, momentum):
+def _constant_beta(delta_new, delta, gain_ratio, momentum):
     return momentum
 
 
-def _fletcher_reeves(delta_new, delta, kappa, momentum):
+def _fletcher_reeves(delta_new, delta, gain_ratio, momentum):
     from nlcg_tf import direction
 
     return direction.fletcher_reeves(delta_new, delta)
 
 
-def _full_look_ahead(self, preconditioned, d, beta, kappa, cap=1.0):
+def _full_look_ahead(self, preconditioned, d, beta, gain_ratio, cap=1.0):
     return [beta * d_i - cap * z_i for z_i, d_i in zip(preconditioned, d)]
 
 
-def _no_length_factor(squared_norm, mean, first, kappa):
+def _no_norm_factor(squared_norm, mean, first, gain_ratio):
     return 1.0, mean, first
 
 
@@ -65,13 +65,15 @@ def _divided(self, state, g, w, epsilon):
     return preconditioner.DiagonalBFGS.apply(self, state, g, w, epsilon)
 
 
-def _kappa(value):
-    def trapezoid_test(loss, previous_loss, slope, previous_slope, left_over, foretold, updates):
+def _gain_ratio(value):
+    def measure_gain_ratio(
+        loss, previous_loss, slope, previous_slope, prediction_error, predicted_change, updates
+    ):
         from keras import ops
 
-        return ops.full_like(slope, value), left_over, foretold
+        return ops.full_like(slope, value), prediction_error, predicted_change
 
-    return trapezoid_test
+    return measure_gain_ratio
 
 
 ABLATION = {
@@ -80,18 +82,22 @@ ABLATION = {
     "beta_fr": _variant("beta: Fletcher-Reeves", choice.SKY, direction__blended=_fletcher_reeves),
     "no_forgetting": _variant("nothing forgotten", choice.BLUE, arguments={"decay": 1.0}),
     "full_look_ahead": _variant(
-        "full look-ahead", choice.GREEN, "--", composed__Stages___look_ahead=_full_look_ahead
+        "full look-ahead", choice.GREEN, "--", reference__Stages___look_ahead=_full_look_ahead
     ),
     "no_look_ahead": _variant("no look-ahead", choice.GREEN, arguments={"nesterov": False}),
-    "no_length_factor": _variant(
-        "no length factor", choice.ORANGE, noise__length_factor=_no_length_factor
+    "no_norm_factor": _variant(
+        "no length factor", choice.ORANGE, noise__norm_factor=_no_norm_factor
     ),
-    "no_cap": _variant("no cap", choice.ORANGE, "--", noise__length_cap=_no_cap),
+    "no_cap": _variant("no cap", choice.ORANGE, "--", noise__update_clip=_no_cap),
     "not_normalized": _variant(
         "not normalized", choice.PURPLE, preconditioner__NormalizedBFGS__apply=_divided
     ),
-    "kappa_0": _variant("kappa 0", choice.GREY, noise__trapezoid_test=_kappa(0.0)),
-    "kappa_1": _variant("kappa 1", choice.GREY, "--", noise__trapezoid_test=_kappa(1.0)),
+    "gain_ratio_0": _variant(
+        "gain_ratio 0", choice.GREY, noise__measure_gain_ratio=_gain_ratio(0.0)
+    ),
+    "gain_ratio_1": _variant(
+        "gain_ratio 1", choice.GREY, "--", noise__measure_gain_ratio=_gain_ratio(1.0)
+    ),
 }
 # All that the study knows, in the order of its tables.
 KNOWN = collections.ChainMap(ABLATION, choice.OPTIMIZERS)

@@ -27,10 +27,10 @@ CASES = {
     "polak_ribiere": {"fused": True, "global_clipnorm": 0.5},
     "own": {"use_ema": True, "ema_momentum": 0.8, "gradient_accumulation_steps": 2},
     "none": {"fused": True, "preconditioner": None, "line_search": "step"},
-    "blended, composed": {"fused": False},
-    "fletcher_reeves, composed": {"fused": False, "weight_decay": 0.01},
+    "blended, reference": {"fused": False},
+    "fletcher_reeves, reference": {"fused": False, "weight_decay": 0.01},
     "spectral": {"fused": True, "weight_decay": 0.01},
-    "spectral, composed": {"fused": False},
+    "spectral, reference": {"fused": False},
     "momentum": {"weight_decay": 0.01, "global_clipnorm": 0.5},
     "adamw": {"clipvalue": 0.05},
 }

@@ -15,16 +15,16 @@ const char* UpdateBySweeps(const nlcg::Settings& settings,
   if (cudaMalloc(reinterpret_cast<void**>(&sums), 3 * sizeof(nlcg::Sums)) != cudaSuccess) {
     return "out of memory";
   }
-  nlcg::Turn turn;
-  for (const auto& v : variables) turn.elements += v.size;
-  for (int i = 0; i < nlcg::kSweepStep; ++i) turn.known[i] = sums + nlcg::kSums * i;
+  nlcg::Portion portion;
+  for (const auto& v : variables) portion.elements += v.size;
+  for (int i = 0; i < nlcg::kSweepStep; ++i) portion.known[i] = sums + nlcg::kSums * i;
   const char* error = nullptr;
-  for (turn.sweep = nlcg::FirstSweep(settings); turn.sweep <= nlcg::kSweepStep && !error;
-       ++turn.sweep) {
-    turn.sums = sums + nlcg::kSums * turn.sweep;
+  for (portion.sweep = nlcg::FirstSweep(settings); portion.sweep <= nlcg::kSweepStep && !error;
+       ++portion.sweep) {
+    portion.sums = sums + nlcg::kSums * portion.sweep;
     cudaMemset(scratch, 0xFF, bytes);  // nothing is left there for the next sweep
     error = nlcg::UpdateOnGpu(settings, variables, learning_rate, loss, reals, counts, scratch,
-                              nullptr, turn);
+                              nullptr, portion);
   }
   cudaFree(sums);  // waits
   return error;
@@ -78,14 +78,14 @@ const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, 
 // For the caller, who describes the settings once more.
 extern "C" int nlcg_settings_bytes() { return sizeof(nlcg::Settings); }
 
-#define NLCG_EXPORT(T, name)                                                                     \
-  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, bool one_by_one,       \
-                              int count, T** w, T** d, T** h, T** g_prev, T** g,                 \
-                              T** preconditioned, T* ratios, T* sums, const int64_t* sizes,      \
-                              const double* weight_decays, const T* learning_rate,               \
-                              const T* loss, T* reals, int64_t* counts) {                        \
-    return Update<T>(settings, fresh, one_by_one, count, w, d, h, g_prev, g, preconditioned,     \
-                     ratios, sums, sizes, weight_decays, learning_rate, loss, reals, counts);    \
+#define NLCG_EXPORT(T, name)                                                                      \
+  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, bool one_by_one,        \
+                              int count, T** w, T** d, T** h, T** g_prev, T** g,                  \
+                              T** preconditioned, T* ratios, T* sums, const int64_t* sizes,       \
+                              const double* weight_decays, const T* learning_rate, const T* loss, \
+                              T* reals, int64_t* counts) {                                        \
+    return Update<T>(settings, fresh, one_by_one, count, w, d, h, g_prev, g, preconditioned,      \
+                     ratios, sums, sizes, weight_decays, learning_rate, loss, reals, counts);     \
   }
 NLCG_EXPORT(float, nlcg_update_float32)
 NLCG_EXPORT(double, nlcg_update_float64)

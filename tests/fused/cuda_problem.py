@@ -18,10 +18,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 RULES = ["fletcher_reeves", "polak_ribiere", "blended", "momentum"]
 PRECONDITIONERS = [None, "bfgs", "normalized_bfgs", "given"]
 LINE_SEARCHES = [None, "online", "step"]
-# As in composed.py, which cannot be imported where there is no TensorFlow.
-REALS = ["delta", "step_size", "beta", "curvature", "cosine", "kappa", "preconditioner_mean"]
-REALS += ["tested_loss", "left_over", "foretold", "mean_square", "first_square"]
-REALS += ["mean_length", "cap"]
+# As in reference.py, which cannot be imported where there is no TensorFlow.
+REALS = ["delta", "step_size", "beta", "curvature", "cosine", "gain_ratio", "preconditioner_mean"]
+REALS += [
+    "last_loss",
+    "prediction_error",
+    "predicted_change",
+    "mean_squared_norm",
+    "first_squared_norm",
+]
+REALS += ["mean_update_norm", "clip_factor"]
 
 
 class Variant(NamedTuple):

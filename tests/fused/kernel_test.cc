@@ -78,7 +78,8 @@ void UpdateInHalves(const Settings& settings, double rate, double loss, Buffers<
     nlcg::Variable<T> rest = v;
     v.size /= 2;
     for (T** x : {&rest.w, &rest.d, &rest.h, &rest.g_prev_out}) *x += *x != nullptr ? v.size : 0;
-    for (const T** x : {&rest.g, &rest.preconditioned, &rest.g_prev}) *x += *x != nullptr ? v.size : 0;
+    for (const T** x : {&rest.g, &rest.preconditioned, &rest.g_prev})
+      *x += *x != nullptr ? v.size : 0;
     rest.size -= v.size;
     halves[0].push_back(v);
     halves[1].push_back(rest);
@@ -87,17 +88,18 @@ void UpdateInHalves(const Settings& settings, double rate, double loss, Buffers<
   auto reals = b->reals;
   auto counts = b->counts;
   nlcg::Sums known[3] = {}, sums = {};
-  nlcg::Turn turn;
-  turn.elements = elements;
-  turn.sums = sums.of;
-  for (int i = 0; i < nlcg::kSweepStep; ++i) turn.known[i] = known[i].of;
-  for (turn.sweep = nlcg::FirstSweep(settings); turn.sweep <= nlcg::kSweepStep; ++turn.sweep) {
+  nlcg::Portion portion;
+  portion.elements = elements;
+  portion.sums = sums.values;
+  for (int i = 0; i < nlcg::kSweepStep; ++i) portion.known[i] = known[i].values;
+  for (portion.sweep = nlcg::FirstSweep(settings); portion.sweep <= nlcg::kSweepStep;
+       ++portion.sweep) {
     for (int i = 0; i < 2; ++i) {
       const bool done = nlcg::UpdateOnCpu<T>(
           settings, halves[i], T(rate), T(loss), i == 0 ? b->reals.data() : reals.data(),
-          i == 0 ? b->counts.data() : counts.data(), Threads(2), turn);
-      CHECK(done == (turn.sweep == nlcg::kSweepStep));
-      for (int j = 0; j < nlcg::kSums; ++j) known[turn.sweep].of[j] += sums.of[j];
+          i == 0 ? b->counts.data() : counts.data(), Threads(2), portion);
+      CHECK(done == (portion.sweep == nlcg::kSweepStep));
+      for (int j = 0; j < nlcg::kSums; ++j) known[portion.sweep].values[j] += sums.values[j];
     }
   }
   // They agree in all but the cosine, which each can tell of its half only.
@@ -266,8 +268,8 @@ void RunLarge() {
       }
       small.g[0][i] = g.Last()[i] = small.w[0][i] * (1 + i % 3) + 0.1f * float(Random());
     }
-    const nlcg::Variable<float> v = {w.p, d.p,     h.p,  g_prev.p,         g_prev.p,
-                                     g.p, nullptr, nullptr, sums, LongArray::kSize, 0.0};
+    const nlcg::Variable<float> v = {w.p,     d.p,     h.p,  g_prev.p,         g_prev.p, g.p,
+                                     nullptr, nullptr, sums, LongArray::kSize, 0.0};
     CHECK(nlcg::UpdateOnCpu<float>(settings, {v}, 0.05f, 1, reals, counts, Threads(2)));
     CHECK(nlcg::UpdateOnCpu<float>(settings, small.Variables(settings, false), 0.05f, 1,
                                    small.reals.data(), small.counts.data(), Threads(2)));

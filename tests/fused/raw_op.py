@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from nlcg_tf.composed import REALS
+from nlcg_tf.reference import REALS
 
 SHAPES = [(3, 4), (), (0,), (7,)]
 LENGTH = len(REALS) + 2  # of the vector of scalars with the online line search

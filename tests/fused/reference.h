@@ -86,14 +86,14 @@ class Reference {
     scaled = s.preconditioner == nlcg::kNormalizedBfgs;
     scale_prev = scaled ? reals[nlcg::kMean] : 1;
     beta_prev = reals[nlcg::kBeta];
-    cap_prev = reals[nlcg::kCap];
+    cap_prev = reals[nlcg::kClipFactor];
     search = reals[nlcg::kScale];
-    ahead_prev = s.nesterov ? 1 - reals[nlcg::kKappa] : 0;
+    ahead_prev = s.nesterov ? 1 - reals[nlcg::kGainRatio] : 0;
   }
 
   void Update() {
     AddUp();
-    if (s.rule == nlcg::kBlended) TestNoise();
+    if (s.rule == nlcg::kBlended) MeasureGainRatio();
     UpdateDiagonal();
     FindBeta();
     if (s.line_search == nlcg::kOnline) SearchOnline();
@@ -140,24 +140,26 @@ class Reference {
     });
   }
 
-  void TestNoise() {
-    const double error = (loss - reals[nlcg::kTestedLoss] - (slope + old_slope) / 2) / loss;
+  void MeasureGainRatio() {
+    const double error = (loss - reals[nlcg::kLastLoss] - (slope + old_slope) / 2) / loss;
     if (!first) {
       const double old = b->counts[nlcg::kUpdates] > 1 ? 0.9 : 0;
       const double left = std::fmax(std::abs(error) - 1e-6, 0);
-      const double foretold = (std::abs(slope) + std::abs(old_slope)) / 2 / std::abs(loss);
-      reals[nlcg::kLeftOver] = T(old * reals[nlcg::kLeftOver] + (1 - old) * left);
-      reals[nlcg::kForetold] = T(old * reals[nlcg::kForetold] + (1 - old) * foretold);
-      if (reals[nlcg::kForetold] > 0) {
-        kappa = 1 - double(reals[nlcg::kLeftOver]) / reals[nlcg::kForetold];
+      const double predicted_change = (std::abs(slope) + std::abs(old_slope)) / 2 / std::abs(loss);
+      reals[nlcg::kPredictionError] = T(old * reals[nlcg::kPredictionError] + (1 - old) * left);
+      reals[nlcg::kPredictedChange] =
+          T(old * reals[nlcg::kPredictedChange] + (1 - old) * predicted_change);
+      if (reals[nlcg::kPredictedChange] > 0) {
+        gain_ratio = 1 - double(reals[nlcg::kPredictionError]) / reals[nlcg::kPredictedChange];
       }
-      kappa = std::fmin(std::fmax(kappa, 0), 1);
+      gain_ratio = std::fmin(std::fmax(gain_ratio, 0), 1);
     }
-    reals[nlcg::kTestedLoss] = T(loss);
-    if (first) reals[nlcg::kMeanSquare] = reals[nlcg::kFirstSquare] = T(gg);
-    if (!first) reals[nlcg::kMeanSquare] = T(0.99 * reals[nlcg::kMeanSquare] + 0.01 * gg);
+    reals[nlcg::kLastLoss] = T(loss);
+    if (first) reals[nlcg::kMeanSquaredNorm] = reals[nlcg::kFirstSquaredNorm] = T(gg);
+    if (!first) reals[nlcg::kMeanSquaredNorm] = T(0.99 * reals[nlcg::kMeanSquaredNorm] + 0.01 * gg);
     if (gg > 0) {
-      factor = std::pow(reals[nlcg::kFirstSquare] / reals[nlcg::kMeanSquare], (1 - kappa) / 2);
+      factor = std::pow(reals[nlcg::kFirstSquaredNorm] / reals[nlcg::kMeanSquaredNorm],
+                        (1 - gain_ratio) / 2);
     }
   }
 
@@ -168,7 +170,7 @@ class Reference {
       const double g = b->g[v][i], y = g - b->g_prev[v][i], step = LastStep(v, i);
       double h = b->h[v][i];
       if (accepted) h = std::abs(h - h * step * h * step / shs + y * y / ys);
-      if (bfgs) h += (1 - s.decay) * (1 - kappa) * (1 - h);
+      if (bfgs) h += (1 - s.decay) * (1 - gain_ratio) * (1 - h);
       b->h[v][i] = T(h);
       fresh += g * Quotient(v, i);
       inverses += 1 / Divisor(v, i);
@@ -180,7 +182,7 @@ class Reference {
   void FindBeta() {
     const double top = scale * fresh - (s.rule == nlcg::kPolakRibiere ? scale_prev * mid : 0);
     beta = std::fmin(std::fmax(top / (reals[nlcg::kDelta] + 1e-30), 0), 1);
-    if (s.rule == nlcg::kBlended) beta = kappa * beta + (1 - kappa) * s.momentum;
+    if (s.rule == nlcg::kBlended) beta = gain_ratio * beta + (1 - gain_ratio) * s.momentum;
     if (first) beta = 0;
     if (s.rule == nlcg::kMomentum) beta = s.momentum;
   }
@@ -201,7 +203,7 @@ class Reference {
     double d, step;
   };
   Moved Move(size_t v, size_t i) const {
-    const double ahead = s.nesterov ? 1 - kappa : 0;
+    const double ahead = s.nesterov ? 1 - gain_ratio : 0;
     const double z = -scale * Quotient(v, i), d = beta * b->d[v][i] + z;
     return {d, d + ahead * (z + beta * d - d)};
   }
@@ -213,12 +215,12 @@ class Reference {
       length += step * step;
     });
     length = std::sqrt(length);
-    const double mean_length = reals[nlcg::kMeanLength];
-    if (mean_length == 0) {
-      reals[nlcg::kMeanLength] = T(length / (1 - s.momentum));
+    const double mean_update_norm = reals[nlcg::kMeanUpdateNorm];
+    if (mean_update_norm == 0) {
+      reals[nlcg::kMeanUpdateNorm] = T(length / (1 - s.momentum));
     } else {
-      cap = std::fmin(1, 2 * mean_length / length);
-      reals[nlcg::kMeanLength] = T(0.9 * mean_length + 0.1 * cap * length);
+      cap = std::fmin(1, 2 * mean_update_norm / length);
+      reals[nlcg::kMeanUpdateNorm] = T(0.9 * mean_update_norm + 0.1 * cap * length);
     }
   }
 
@@ -251,9 +253,9 @@ class Reference {
     reals[nlcg::kBeta] = T(beta);
     reals[nlcg::kCurvature] = bfgs ? T(ys) : T(0);
     reals[nlcg::kCosine] = gg > 0 && dd > 0 ? T(-gd / std::sqrt(gg) / std::sqrt(dd)) : T(0);
-    reals[nlcg::kKappa] = T(kappa);
+    reals[nlcg::kGainRatio] = T(gain_ratio);
     reals[nlcg::kMean] = T(mean);
-    reals[nlcg::kCap] = T(cap);
+    reals[nlcg::kClipFactor] = T(cap);
     b->counts[nlcg::kUpdates] += 1;
     b->counts[nlcg::kRejected] += bfgs && !first && !accepted;
     b->counts[nlcg::kLastApplied] = 1;
@@ -267,7 +269,7 @@ class Reference {
   double scale_prev, beta_prev, cap_prev, ahead_prev, search;
   double elements = 0, ys = 0, shs = 0, mid = 0, slope = 0, old_slope = 0, gg = 0;
   double fresh = 0, inverses = 0, gd = 0, dd = 0;
-  double kappa = 0, factor = 1, mean = 1, scale = 1, beta = 0, alpha = 0, cap = 1;
+  double gain_ratio = 0, factor = 1, mean = 1, scale = 1, beta = 0, alpha = 0, cap = 1;
 };
 
 #endif  // NLCG_TF_TESTS_FUSED_REFERENCE_H_

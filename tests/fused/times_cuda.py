@@ -1,4 +1,4 @@
-"""Times the CUDA kernels beside a device copy, the composed update under XLA and PyTorch's Adam."""
+"""Times the CUDA kernels beside a device copy, the reference update in XLA and PyTorch's Adam."""
 
 import os
 import time
@@ -18,8 +18,8 @@ TIMED = [
 ]
 
 
-def composed_call(rule, variant, size):
-    """The same update composed of Keras operations and compiled by XLA.
+def reference_call(rule, variant, size):
+    """The same update reference of Keras operations and compiled by XLA.
 
     Returns:
         A function that does one and waits; `None` without JAX and Keras.
@@ -31,7 +31,7 @@ def composed_call(rule, variant, size):
 
         import nlcg_tf
     except ImportError as error:
-        print(f"no composed update: {error}")
+        print(f"no reference update: {error}")
         return None
     if variant.preconditioner == "given":
         return None  # Keras computes most of it
@@ -75,14 +75,14 @@ def times(device, library, rule, variant, transfers, size=SIZE):
         parameter.grad = device.put(np.full(size, 0.01, np.float32))
         calls["PyTorch fused Adam"] = device.torch.optim.Adam([parameter], fused=True).step
     # On a stream of its own, which no event of the device's library sees: by the clock.
-    composed = {"composed, under XLA": composed_call(rule, variant, size)}
-    calls.update({name: call for name, call in composed.items() if call})
+    reference = {"reference, under XLA": reference_call(rule, variant, size)}
+    calls.update({name: call for name, call in reference.items() if call})
     found = {name: [] for name in calls}
     for repeat, name in turns(calls, 23):
         if name == "NLCG update":
             # A convex problem: an update whose curvature is rejected does not write h.
             problem.g[0] *= 0.99
-        if name in composed:
+        if name in reference:
             began = time.perf_counter()
             calls[name]()
             milliseconds = 1e3 * (time.perf_counter() - began)

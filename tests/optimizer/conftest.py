@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(params=[False, True], ids=["composed", "fused"])
+@pytest.fixture(params=[False, True], ids=["reference", "fused"])
 def fused(request):
     """Both paths; the second only where the op is built."""
     if request.param:

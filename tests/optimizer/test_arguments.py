@@ -97,7 +97,7 @@ def test_diagnostics_before_and_after_the_first_update():
         "learning_rate_scale",
         "curvature",
         "cosine",
-        "kappa",
+        "gain_ratio",
         "preconditioner_mean",
         "updates",
         "skipped_updates",

@@ -1,4 +1,4 @@
-"""The composed path is backend-neutral: it trains on JAX and torch without TensorFlow."""
+"""The reference path is backend-neutral: it trains on JAX and torch without TensorFlow."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The bits of the composed update, which no rebuilding of the house may change.
+"""The bits of the reference update, which no rebuilding of the house may change.
 
 Trained in float64 and rounded to float32 before they are digested, so that the last bits of a sum,
 which differ between processors, do not matter. `python -m tests.optimizer.test_digests` prints
@@ -57,7 +57,7 @@ def digest(rule, preconditioner, line_search, nesterov, lars):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_composed_update_keeps_its_bits(form):
+def test_reference_update_keeps_its_bits(form):
     assert digest(*FORMS[form]).hexdigest() == json.loads(DIGESTS.read_text())[form]
 
 

@@ -16,7 +16,7 @@ class SignDescent(nlcg_tf.preconditioner.Preconditioner):
     def initial_state(self, shape):
         return {"calls": (shape, 0.0)}
 
-    def update(self, state, g, w, y, s, kappa):
+    def update(self, state, g, w, y, s, gain_ratio):
         return {"calls": [calls + 1 for calls in state["calls"]]}, True
 
     def apply(self, state, g, w, epsilon):
@@ -24,7 +24,7 @@ class SignDescent(nlcg_tf.preconditioner.Preconditioner):
 
 
 def test_a_preconditioner_of_ones_own_is_used():
-    """On the composed path, and without a slot for the gradient that nobody looks at."""
+    """On the reference path, and without a slot for the gradient that nobody looks at."""
     variable = keras.Variable([1.0, 2.0])
     optimizer = paper_nlcg(0.1, preconditioner=SignDescent(), line_search=None)
     for gradient in ([3.0, -5.0], [0.0, -1.0]):
@@ -71,14 +71,14 @@ def test_there_are_no_more_slots_than_needed(rule, preconditioner, slots):
 
 
 @pytest.mark.parametrize("shared, least, most", [(True, 0.99, 1.0), (False, 0.0, 0.1)])
-def test_kappa_tells_noise_from_bad_conditioning(shared, least, most, rng):
+def test_gain_ratio_tells_noise_from_bad_conditioning(shared, least, most, rng):
     """A badly conditioned least-squares problem: the same rows in each update, or others."""
     scales = np.logspace(0, -2, 20)
     rows = rng.normal(size=(4000, 20)) * scales
     targets = rows @ rng.normal(size=20) + rng.normal(size=4000)
     variable = keras.Variable(np.zeros(20, "float32"))
     optimizer = NLCG(0.1)
-    kappas = []
+    ratios = []
     for t in range(60):
         chosen = slice(0, 50) if shared else slice(50 * t, 50 * (t + 1))
         x = tf.constant(rows[chosen], tf.float32)
@@ -87,12 +87,12 @@ def test_kappa_tells_noise_from_bad_conditioning(shared, least, most, rng):
             loss = tf.reduce_mean(error**2)
         optimizer.observe_loss(loss)
         optimizer.apply([tape.gradient(loss, variable.value)], [variable])
-        kappas.append(optimizer.diagnostics()["kappa"])
-    assert least <= np.median(kappas[20:]) <= most
+        ratios.append(optimizer.diagnostics()["gain_ratio"])
+    assert least <= np.median(ratios[20:]) <= most
 
 
 def test_steps_keep_their_length_as_noisy_gradients_shrink():
-    """kappa 0: a gradient a tenth as long, and then for long, makes steps that are no shorter."""
+    """With a gain ratio of 0 a gradient a tenth as long makes steps that are as long as before."""
     variable = keras.Variable(np.zeros(4, "float32"))
     optimizer = NLCG(0.1, preconditioner=None, momentum=0.0)
     lengths = []

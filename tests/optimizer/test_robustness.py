@@ -85,7 +85,13 @@ def test_huge_and_tiny_gradients_do_not_poison_the_state(rule, preconditioner, n
         assert np.isfinite(flat(v.numpy() for v in kept)).all(), magnitude
         # What is not made anew by the next update.
         reals = dict(zip(optimizer.real_names, optimizer.reals.numpy()))
-        means = ("left_over", "foretold", "mean_square", "first_square", "mean_length")
+        means = (
+            "prediction_error",
+            "predicted_change",
+            "mean_squared_norm",
+            "first_squared_norm",
+            "mean_update_norm",
+        )
         assert np.isfinite([reals[name] for name in means]).all(), (magnitude, reals)
         assert optimizer.diagnostics()["skipped_updates"] == 0
 

@@ -164,7 +164,7 @@ def fit(strategy=None, steps=None, **compile_arguments):
         {"jit_compile": False, "fused": False},
         {"jit_compile": False, "steps": 4},
     ],
-    ids=["XLA", "eager", "composed", "accumulation"],
+    ids=["XLA", "eager", "reference", "accumulation"],
 )
 def test_every_way_to_train_gives_the_same_weights(arguments):
     expected = fit(jit_compile=False)
@@ -192,7 +192,7 @@ class WholeKernels(nlcg_tf.preconditioner.Preconditioner):
     def initial_state(self, shape):
         return {"rows": (shape[:1], 1.0)} if len(shape) > 1 else {}
 
-    def update(self, state, g, w, y, s, kappa):
+    def update(self, state, g, w, y, s, gain_ratio):
         rows = [
             None if old is None else old / 2 + keras.ops.mean(g_i * g_i, axis=1) / 2
             for old, g_i in zip(state["rows"], g)

@@ -78,7 +78,7 @@ def check_against_oracle(optimizer, dtype, bound, **arguments):
     diagnostics = optimizer.diagnostics()
     assert diagnostics["updates"] == oracle.updates and diagnostics["skipped_updates"] == 0
     assert diagnostics["rejected_curvatures"] == oracle.rejected
-    names = ("beta", "step_size", "curvature", "cosine", "kappa", "preconditioner_mean")
+    names = ("beta", "step_size", "curvature", "cosine", "gain_ratio", "preconditioner_mean")
     expected = [getattr(oracle, name) for name in names]
     actual = [diagnostics[name] for name in names]
     np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=1e-6)

@@ -238,12 +238,12 @@ def test_each_variant_changes_its_mechanism_and_nothing_else():
 
     problem = problems.PROBLEMS["poisson"]()
     loss, figures = trained("default")
-    assert 0 < figures["kappa"] < 1 and figures["beta"] != pytest.approx(0.9)
+    assert 0 < figures["gain_ratio"] < 1 and figures["beta"] != pytest.approx(0.9)
     others = {
-        name: trained(name) for name in ("beta_constant", "full_look_ahead", "no_length_factor")
+        name: trained(name) for name in ("beta_constant", "full_look_ahead", "no_norm_factor")
     }
     assert others["beta_constant"][1]["beta"] == pytest.approx(0.9)
-    assert all(other["kappa"] > 0 for _, other in others.values())
+    assert all(other["gain_ratio"] > 0 for _, other in others.values())
     assert len({loss, *(other for other, _ in others.values())}) == 4
     assert trained("default")[0] == loss
 

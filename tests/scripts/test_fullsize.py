@@ -163,7 +163,7 @@ def test_a_study_goes_on_where_it_was_stopped(data, tmp_path):
         records = read_metrics(place)
         assert [r["update"] for r in records if r["type"] == "step"] == [1, 2, 3, 4]
         assert [r["epoch"] for r in records if r["type"] == "epoch"] == [1, 2]
-        assert "kappa" in records[-1] and read_json(place / "summary.json")["updates"] == 4
+        assert "gain_ratio" in records[-1] and read_json(place / "summary.json")["updates"] == 4
     assert read_flags(second)["learning_rate_factor"] == 2
     result = python(*command, f"--folder={folder}", "--precision=bfloat16")
     assert result.returncode == 2 and "--precision=float32, not bfloat16" in result.stderr

@@ -45,10 +45,12 @@ class Oracle:
         self.g_prev, self.z = np.zeros_like(self.w), np.zeros_like(self.w)
         self.s = np.zeros_like(self.w)  # the last step, without weight decay
         self.alpha = np.zeros_like(self.w)
-        self.delta = self.beta = self.curvature = self.cosine = self.kappa = 0.0
-        self.left_over = self.foretold = self.mean_square = self.first_square = 0.0
-        self.mean_length = 0.0
-        self.tested_loss = 0.0
+        self.delta = self.beta = self.curvature = self.cosine = self.gain_ratio = 0.0
+        self.prediction_error = self.predicted_change = self.mean_squared_norm = (
+            self.first_squared_norm
+        ) = 0.0
+        self.mean_update_norm = 0.0
+        self.last_loss = 0.0
         self.preconditioner_mean = 1.0
         self.scale = 1.0
         self.previous_loss = self.ema = self.ema_compared = None
@@ -70,7 +72,7 @@ class Oracle:
         if self.rule == "momentum":
             self.beta = self.momentum
         self.d = self.z + self.beta * self.d
-        ahead = self.nesterov * (1 - self.kappa)
+        ahead = self.nesterov * (1 - self.gain_ratio)
         direction = self.d + ahead * (self.z + self.beta * self.d - self.d)
         self.delta, self.g_prev = delta_new, g
         self.cosine = float(-g @ direction / (np.linalg.norm(g) * np.linalg.norm(direction)))
@@ -79,8 +81,10 @@ class Oracle:
             getattr(self, "_" + self.line_search)(loss)
         decayed = self.w * (1 - weight_decay * learning_rate)
         self.step_size = learning_rate * self.scale
-        if self.rule == "blended" and self.mean_square:
-            self.step_size *= (self.first_square / self.mean_square) ** ((1 - self.kappa) / 2)
+        if self.rule == "blended" and self.mean_squared_norm:
+            self.step_size *= (self.first_squared_norm / self.mean_squared_norm) ** (
+                (1 - self.gain_ratio) / 2
+            )
             self._set_cap(np.linalg.norm(direction), learning_rate * self.scale)
             self.d, direction = self.cap * self.d, self.cap * direction
         self.alpha = self.step_size * self._trust_ratios(direction)
@@ -89,31 +93,31 @@ class Oracle:
         self.updates += 1
 
     def _test(self, g, loss):
-        """kappa from the last step's change of the loss, and the gradients' mean length."""
+        """gain_ratio from the last step's change of the loss, and the gradients' mean length."""
         if self.updates > 0:
-            foretold = (abs(g @ self.s) + abs(self.g_prev @ self.s)) / 2 / abs(loss)
-            error = abs(loss - self.tested_loss - (g + self.g_prev) @ self.s / 2) / abs(loss)
+            predicted_change = (abs(g @ self.s) + abs(self.g_prev @ self.s)) / 2 / abs(loss)
+            error = abs(loss - self.last_loss - (g + self.g_prev) @ self.s / 2) / abs(loss)
             error = max(error - 1e-6, 0.0)
             old = 0.9 if self.updates > 1 else 0.0
-            self.left_over = old * self.left_over + (1 - old) * error
-            self.foretold = old * self.foretold + (1 - old) * foretold
-            left = self.left_over / self.foretold if self.foretold else 1.0
-            self.kappa = min(max(1 - left, 0.0), 1.0)
-            self.mean_square = 0.99 * self.mean_square + 0.01 * (g @ g)
+            self.prediction_error = old * self.prediction_error + (1 - old) * error
+            self.predicted_change = old * self.predicted_change + (1 - old) * predicted_change
+            left = self.prediction_error / self.predicted_change if self.predicted_change else 1.0
+            self.gain_ratio = min(max(1 - left, 0.0), 1.0)
+            self.mean_squared_norm = 0.99 * self.mean_squared_norm + 0.01 * (g @ g)
         else:
-            self.mean_square = self.first_square = float(g @ g)
-        self.tested_loss = loss
+            self.mean_squared_norm = self.first_squared_norm = float(g @ g)
+        self.last_loss = loss
 
     def _set_cap(self, norm, learning_rate):
         """No step of more than twice the mean length; lengths are those at a learning rate of 1."""
         length = norm * self.step_size / learning_rate
-        if self.mean_length == 0:
-            self.mean_length = length / (1 - self.momentum)
+        if self.mean_update_norm == 0:
+            self.mean_update_norm = length / (1 - self.momentum)
             return
-        if length > 2 * self.mean_length:
-            self.cap = 2 * self.mean_length / length
+        if length > 2 * self.mean_update_norm:
+            self.cap = 2 * self.mean_update_norm / length
             self.capped += 1
-        self.mean_length = 0.9 * self.mean_length + 0.1 * self.cap * length
+        self.mean_update_norm = 0.9 * self.mean_update_norm + 0.1 * self.cap * length
 
     def _learn_h(self, g):
         if self.updates > 0:
@@ -126,7 +130,7 @@ class Oracle:
             else:
                 self.rejected += 1
         if self.preconditioner == "normalized_bfgs":
-            rate = (1 - self.decay) * (1 - self.kappa)
+            rate = (1 - self.decay) * (1 - self.gain_ratio)
             self.h = (1 - rate) * self.h + rate
 
     def _precondition(self, g):
@@ -146,7 +150,7 @@ class Oracle:
             top += float(g @ z_prev)
         beta = min(max(top / (self.delta + 1e-30), 0.0), 1.0)
         if self.rule == "blended":
-            beta = self.kappa * beta + (1 - self.kappa) * self.momentum
+            beta = self.gain_ratio * beta + (1 - self.gain_ratio) * self.momentum
         return beta
 
     def _trust_ratios(self, direction):

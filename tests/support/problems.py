@@ -22,7 +22,7 @@ class MeanSquares(Preconditioner):
     def initial_state(self, shape):
         return {"hessian_diagonal": (shape, 0.0)}
 
-    def update(self, state, g, w, y, s, kappa):
+    def update(self, state, g, w, y, s, gain_ratio):
         old = state["hessian_diagonal"]
         return {"hessian_diagonal": [v + 0.1 * (x * x - v) for x, v in zip(g, old)]}, True
 

@@ -96,7 +96,7 @@ class Reporter(Silent):
             nlcg = (
                 f"  beta {record['beta']:.2f}  learning-rate scale "
                 f"{record['learning_rate_scale']:.3f}  cosine {record['cosine']:.2g}  "
-                f"kappa {record['kappa']:.2g}"
+                f"gain ratio {record['gain_ratio']:.2g}"
             )
         self.say(
             f"epoch {record['epoch']}/{self.epochs}  loss {record['loss']:.4f}  {tested}"

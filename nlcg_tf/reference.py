@@ -1,4 +1,22 @@
-"""The NLCG update composed of `keras.ops`: the specification, and the path for every backend.
+"""The reference update, in `keras.ops`: the specification, and the path for every backend.
+
+One update with gradient g and loss f, in this order:
+
+    alpha = learning_rate line_search(f)                     begin
+    s = the last step,  y = g - g_prev                       finish_curvature
+    r = gain_ratio(f, f_prev, g, g_prev, s)
+    P = preconditioner.update(g, y, s, r)
+    z = -P g                                                 finish_direction
+    delta_new = g^T P g
+    beta = r clip(delta_new / delta, 0, 1) + (1 - r) momentum
+    d = z + beta d
+    step = d + (1 - r) (z + beta d - d)                      look-ahead
+    alpha = alpha (||g_first|| / ||g||)^(1 - r)              gradient-norm normalization
+    step, d = step, d shortened to twice the mean norm       update clipping
+    w = w + alpha step                                       finish_step
+
+That is the rule `"blended"` with a look-ahead. The others leave out the gain ratio (r = 0), the
+last two bounds on the length, and have a beta of their own.
 
 Source: Adya, Palakkode & Tuzel 2018, arXiv 1812.02886, Algorithm 1 and section 3.2.
 """
@@ -18,11 +36,11 @@ REALS: tuple[str, ...] = (
     "beta",
     "curvature",
     "cosine",
-    "kappa",
+    "gain_ratio",
     "preconditioner_mean",
 )
-REALS += ("tested_loss", "left_over", "foretold", "mean_square", "first_square")
-REALS += ("mean_length", "cap")
+REALS += ("last_loss", "prediction_error", "predicted_change")
+REALS += ("mean_squared_norm", "first_squared_norm", "mean_update_norm", "clip_factor")
 # The slots that are not the preconditioner's.
 OWN_SLOTS = ("direction", "previous_gradient", "previous_preconditioned")
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
@@ -81,7 +99,7 @@ class Stages:
         if optimizer.lars_coefficient:
             self.ratio_rows = _unstack(variables["trust_ratios"])
         self.new = {name: self.old[name] for name in REALS}
-        self.new["cap"] = ops.ones_like(self.old["cap"])
+        self.new["clip_factor"] = ops.ones_like(self.old["clip_factor"])
 
     def begin(self):
         """The line search and the step size: section 3.2.2."""
@@ -92,9 +110,9 @@ class Stages:
             self.alpha = self.learning_rate * self.new["learning_rate_scale"]
 
     def finish_curvature(self):
-        """What the last step tells: its curvature, how noisy gradients are, the preconditioner."""
+        """What the last step tells: its curvature, the gain ratio, the preconditioner's state."""
         old, y, s = self.old, None, None
-        curvature, kappa = ops.zeros_like(self.alpha), ops.zeros_like(self.alpha)
+        curvature, gain_ratio = ops.zeros_like(self.alpha), ops.zeros_like(self.alpha)
         needs_step = self.preconditioner.uses_steps or self.blends
         self.preconditioned_before = before = None
         if self.optimizer.update_rule == "polak_ribiere" or (
@@ -106,7 +124,9 @@ class Stages:
                 before, _ = apply(self.preconditioner, self.state, self.g_prev, None, epsilon)
             self.preconditioned_before = before
         if needs_step:
-            step = self._look_ahead(before, self.d, old["beta"], old["kappa"], old["cap"])
+            step = self._look_ahead(
+                before, self.d, old["beta"], old["gain_ratio"], old["clip_factor"]
+            )
             sizes = [old["step_size"]] * len(self.w)
             if self.optimizer.lars_coefficient:
                 sizes = [old["step_size"] * self.ratio_rows[i] for i in self.positions]
@@ -116,24 +136,28 @@ class Stages:
             curvature = dot(y, s)
         if self.blends:
             slopes = dot(self.g, s), dot(self.g_prev, s)
-            means = old["left_over"], old["foretold"]
-            kappa, left_over, foretold = noise.trapezoid_test(
-                self.loss, old["tested_loss"], *slopes, *means, old["updates"]
+            means = old["prediction_error"], old["predicted_change"]
+            gain_ratio, prediction_error, predicted_change = noise.measure_gain_ratio(
+                self.loss, old["last_loss"], *slopes, *means, old["updates"]
             )
-            self.new.update(tested_loss=self.loss, left_over=left_over, foretold=foretold)
+            self.new.update(
+                last_loss=self.loss,
+                prediction_error=prediction_error,
+                predicted_change=predicted_change,
+            )
         self.state, self.accepted = self.preconditioner.update(
-            self.state, self.g, self.weights, y, s, kappa
+            self.state, self.g, self.weights, y, s, gain_ratio
         )
-        self.new.update(curvature=curvature, kappa=kappa)
+        self.new.update(curvature=curvature, gain_ratio=gain_ratio)
 
     def finish_direction(self):
         """beta and the direction; with the blended rule the length of the step."""
-        old, optimizer, kappa = self.old, self.optimizer, self.new["kappa"]
+        old, optimizer, gain_ratio = self.old, self.optimizer, self.new["gain_ratio"]
         z, mean = apply(self.preconditioner, self.state, self.g, self.weights, optimizer.epsilon)
         self.preconditioned = z
         delta_new = dot(self.g, z)
         if self.blends:
-            beta = direction.blended(delta_new, old["delta"], kappa, optimizer.momentum)
+            beta = direction.blended(delta_new, old["delta"], gain_ratio, optimizer.momentum)
         elif optimizer.update_rule == "polak_ribiere":
             delta_mid = dot(self.g, self.preconditioned_before)
             beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
@@ -143,35 +167,36 @@ class Stages:
         if optimizer.update_rule == "momentum":
             beta = ops.full_like(delta_new, optimizer.momentum)
         self.d = [beta * d_i - z_i for z_i, d_i in zip(z, self.d)]
-        self.step = self._look_ahead(z, self.d, beta, kappa)
+        self.step = self._look_ahead(z, self.d, beta, gain_ratio)
         if self.blends:
             self._set_length()
         self.new.update(delta=delta_new, step_size=self.alpha, beta=beta, preconditioner_mean=mean)
 
-    def _look_ahead(self, preconditioned, d, beta, kappa, cap=1.0):
-        """d, or with Nesterov's look-ahead z + beta d, as far as gradients are noise."""
+    def _look_ahead(self, preconditioned, d, beta, gain_ratio, clip_factor=1.0):
+        """d, or with Nesterov's look-ahead z + beta d as far as gradients are noise."""
         if not self.optimizer.nesterov:
             return d
-        look_ahead = 1 - kappa
-        kept = 1 - look_ahead + look_ahead * beta
-        return [kept * d_i - look_ahead * cap * z_i for z_i, d_i in zip(preconditioned, d)]
+        look_ahead = 1 - gain_ratio
+        of_d, of_z = 1 - look_ahead + look_ahead * beta, look_ahead * clip_factor
+        return [of_d * d_i - of_z * z_i for z_i, d_i in zip(preconditioned, d)]
 
     def _set_length(self):
-        """Makes up for shrinking gradients, and shortens what is much longer than the mean."""
+        """Gradient-norm normalization and update clipping."""
         old, new = self.old, self.new
         square = dot(self.g, self.g)
-        means = old["mean_square"], old["first_square"]
-        factor, mean_square, first = noise.length_factor(square, *means, new["kappa"])
-        length = factor * ops.sqrt(dot(self.step, self.step))
+        means = old["mean_squared_norm"], old["first_squared_norm"]
+        factor, mean_squared_norm, first = noise.norm_factor(square, *means, new["gain_ratio"])
+        norm = factor * ops.sqrt(dot(self.step, self.step))
         momentum = self.optimizer.momentum
-        cap, mean_length = noise.length_cap(length, old["mean_length"], momentum)
-        self.d = [cap * d_i for d_i in self.d]
-        self.step = [cap * step_i for step_i in self.step]
+        clip_factor, mean_update_norm = noise.update_clip(norm, old["mean_update_norm"], momentum)
+        self.d = [clip_factor * d_i for d_i in self.d]
+        self.step = [clip_factor * step_i for step_i in self.step]
         self.alpha = self.alpha * factor
-        new.update(mean_square=mean_square, first_square=first, mean_length=mean_length, cap=cap)
+        new.update(mean_squared_norm=mean_squared_norm, first_squared_norm=first)
+        new.update(mean_update_norm=mean_update_norm, clip_factor=clip_factor)
 
     def finish_step(self, weight_decays):
-        """The new weights, and whether all of this may be kept."""
+        """The new weights, and whether everything is finite."""
         sizes = [self.alpha] * len(self.w)
         if self.optimizer.lars_coefficient:
             pairs = zip(self.w, self.step)
@@ -206,7 +231,7 @@ class Stages:
             for position, ratio in zip(self.positions, self.ratios):
                 self.ratio_rows[position] = ratio
             assign(variables["trust_ratios"], ops.stack(self.ratio_rows))
-        if "curvature_sums" in variables:  # not kept here, and thereby said to be unknown
+        if "curvature_sums" in variables:  # of the fused op; -1: not known
             sums = variables["curvature_sums"]
             assign(sums, ops.full(sums.shape, -1.0, sums.dtype))
         reals = ops.stack([self.new[name] for name in self.optimizer.real_names])
