@@ -67,7 +67,7 @@ setup(
     cmdclass={"build_ext": BuildFusedOp, "bdist_wheel": AnyPython},
     python_requires=">=3.10",
     # Not TensorFlow: with Keras' other backends it is not needed, and it has several packages.
-    install_requires=["keras>=3.7"],
+    install_requires=["keras>=3.8"],
     extras_require={
         "tensorflow": ["tensorflow>=2.18,<2.22"],
         "trainers": [

@@ -54,7 +54,7 @@ def _no_norm_factor(squared_norm, mean, first, gain_ratio):
     return 1.0, mean, first
 
 
-def _no_cap(length, mean, momentum):
+def _no_clip(length, mean, momentum):
     return 1.0, mean
 
 
@@ -85,18 +85,16 @@ ABLATION = {
         "full look-ahead", choice.GREEN, "--", reference__Stages___look_ahead=_full_look_ahead
     ),
     "no_look_ahead": _variant("no look-ahead", choice.GREEN, arguments={"nesterov": False}),
-    "no_norm_factor": _variant(
-        "no length factor", choice.ORANGE, noise__norm_factor=_no_norm_factor
-    ),
-    "no_cap": _variant("no cap", choice.ORANGE, "--", noise__update_clip=_no_cap),
+    "no_norm_factor": _variant("no norm factor", choice.ORANGE, noise__norm_factor=_no_norm_factor),
+    "no_clip": _variant("no update clipping", choice.ORANGE, "--", noise__update_clip=_no_clip),
     "not_normalized": _variant(
         "not normalized", choice.PURPLE, preconditioner__NormalizedBFGS__apply=_divided
     ),
     "gain_ratio_0": _variant(
-        "gain_ratio 0", choice.GREY, noise__measure_gain_ratio=_gain_ratio(0.0)
+        "gain ratio 0", choice.GREY, noise__measure_gain_ratio=_gain_ratio(0.0)
     ),
     "gain_ratio_1": _variant(
-        "gain_ratio 1", choice.GREY, "--", noise__measure_gain_ratio=_gain_ratio(1.0)
+        "gain ratio 1", choice.GREY, "--", noise__measure_gain_ratio=_gain_ratio(1.0)
     ),
 }
 # All that the study knows, in the order of its tables.

@@ -19,7 +19,7 @@ TIMED = [
 
 
 def reference_call(rule, variant, size):
-    """The same update reference of Keras operations and compiled by XLA.
+    """The same update in Keras operations, compiled by XLA.
 
     Returns:
         A function that does one and waits; `None` without JAX and Keras.

@@ -13,8 +13,9 @@ from tests.support.launch import ROOT
 
 # The first TensorFlow for Python 3.13 is 2.20.
 OLDEST = ["tensorflow-cpu==" + ("2.18.1" if sys.version_info < (3, 13) else "2.20.0")]
-OLDEST.append("keras==3.7.0")
-TESTS = ["test_fit.py::test_fit", "test_saving.py", "test_spectral.py"]
+OLDEST.append("keras==3.8.0")
+TESTS = ["test_fit.py::test_fit", "test_fit.py::test_mirrored_strategy_equals_one_replica"]
+TESTS.append("test_saving.py")
 SOURCES = ("nlcg_tf", "tests", "trainers", "setup.py", "pyproject.toml", "README.md")
 
 
