@@ -145,9 +145,12 @@ class StepLineSearch(Configurable):
         average = ops.where(first, loss, average)
         compared = ops.where(first, loss, state["compared_loss"])
         ratio = ops.where(compared == 0, ops.ones_like(average), average / compared)
-        factor = ops.full_like(ratio, self.increase_factor)
-        for limit, value in zip(reversed(self.limits), reversed(self.factors)):
-            factor = ops.where(ratio > limit, ops.full_like(ratio, value), factor)
+        # The limits fall: those that the ratio exceeds are the last ones.
+        exceeded = ops.sum(
+            ops.cast(ratio > ops.convert_to_tensor(self.limits, ratio.dtype), "int32")
+        )
+        factors = ops.convert_to_tensor([*self.factors, self.increase_factor], ratio.dtype)
+        factor = ops.take(factors, len(self.limits) - exceeded)
         due = (updates % self.period == 0) & ops.logical_not(first)
         scale = state["learning_rate_scale"]
         return {

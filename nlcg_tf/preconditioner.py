@@ -101,7 +101,7 @@ def get(identifier: Any) -> Any:
 
 
 def apply(preconditioner, state, g, w, epsilon):
-    """`preconditioner.apply`; of parts that hold whole variables with each of those by itself."""
+    """`preconditioner.apply`; of shards that hold whole variables with each of those by itself."""
     if preconditioner.couples == "elements":
         return preconditioner.apply(state, g, w, epsilon)
     w = None if w is None else pieces(w)

@@ -38,50 +38,50 @@ def norm(x):
     return ops.sqrt(total(x * x))
 
 
-# In an update of which each worker does a part: what says how sums become those over all workers.
-_parts = contextvars.ContextVar("parts", default=None)
+# Where each worker updates a shard: what makes its sums those over all workers.
+_shards = contextvars.ContextVar("shards", default=None)
 
 
 @contextlib.contextmanager
-def over_workers(parts):
-    """Context in which each worker holds a part of the parameters, and sums run over all.
+def over_workers(shards):
+    """Context in which each worker holds a shard of the parameters, and sums run over all.
 
     Args:
-        parts: object with `elements`, how many there are in all parts, and with `sum(x)`, from
-            sums over this worker's part to those over all; and with `pieces(xs)`, from the parts to
-            the whole variables that make them up, and `join(xs)`, back again.
+        shards: object with `elements`, how many there are in all shards, and with `sum(x)`, from
+            sums over this worker's shard to those over all; and with `pieces(xs)`, from the shards
+            to the whole variables that make them up, and `join(xs)`, back again.
     """
-    token = _parts.set(parts)
+    token = _shards.set(shards)
     try:
         yield
     finally:
-        _parts.reset(token)
+        _shards.reset(token)
 
 
 def are_divided():
-    """Whether this worker holds a part of the parameters only."""
-    return _parts.get() is not None
+    """Whether this worker holds a shard of the parameters only."""
+    return _shards.get() is not None
 
 
-def pieces(parts):
-    """The variables, or what has their shapes, that make up this worker's parts."""
-    return _parts.get().pieces(parts) if are_divided() else parts
+def pieces(shards):
+    """The variables, or what has their shapes, that make up this worker's shards."""
+    return _shards.get().pieces(shards) if are_divided() else shards
 
 
 def join(tensors):
-    """The parts that `pieces` took apart."""
-    return _parts.get().join(tensors) if are_divided() else tensors
+    """The shards that `pieces` took apart."""
+    return _shards.get().join(tensors) if are_divided() else tensors
 
 
-def sum_of_parts(own):
-    """From sums over this worker's part to those over all parts."""
-    return _parts.get().sum(own)
+def sum_of_shards(own):
+    """From sums over this worker's shard to those over all shards."""
+    return _shards.get().sum(own)
 
 
 def sum_all(xs):
     """The sum of all elements of a list of tensors."""
     own = ops.sum(ops.stack([total(x) for x in xs]))
-    return sum_of_parts(own) if are_divided() else own
+    return sum_of_shards(own) if are_divided() else own
 
 
 def dot(xs, ys):
@@ -91,10 +91,10 @@ def dot(xs, ys):
 
 def count(xs):
     """How many elements a list of tensors has, an int."""
-    return _parts.get().elements if are_divided() else sum(math.prod(x.shape) for x in xs)
+    return _shards.get().elements if are_divided() else sum(math.prod(x.shape) for x in xs)
 
 
 def all_finite(tensors):
     """True where no element of any tensor is infinite or NaN: a scalar boolean tensor."""
     finite = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in tensors]))
-    return sum_of_parts(ops.cast(~finite, "float32")) == 0 if are_divided() else finite
+    return sum_of_shards(ops.cast(~finite, "float32")) == 0 if are_divided() else finite

@@ -32,7 +32,8 @@
 
 namespace nlcg {
 
-// Positions in the optimizer's two vectors of scalars; reference.py has the same lists.
+// Positions in the optimizer's two vectors of scalars; reference.py has the same lists. What the line
+// search keeps follows the reals.
 enum Real {
   kDelta,
   kStepSize,
@@ -48,18 +49,16 @@ enum Real {
   kFirstSquaredNorm,
   kMeanUpdateNorm,
   kClipFactor,
-  kScale,
-  kLoss,
-  kComparedLoss
+  kReals
 };
 enum Count { kUpdates, kSkipped, kRejected, kLastApplied, kCounts };
 
 // kGiven: the caller computes P g.
 enum Preconditioner { kIdentity, kBfgs, kNormalizedBfgs, kGiven };
 enum Rule { kFletcherReeves, kPolakRibiere, kBlended, kMomentum };
-enum LineSearch { kNoLineSearch, kOnline, kStep };
-
-constexpr int kMaxLimits = 16;
+// What the caller gives for an update, in one vector: the learning rate, which weight decay follows;
+// the same times the line search's scale; the loss, or 0; and what the line search keeps of it.
+enum Given { kLearningRate, kScaledRate, kLoss, kSearched };
 
 // The constants of reductions.py, preconditioner.py and noise.py.
 constexpr double kTiny = 1e-30, kResolution = 1e-4;
@@ -68,27 +67,16 @@ constexpr double kMemory = 0.9, kLengthMemory = 0.99, kRounding = 1e-6, kGrowth 
 struct Settings {
   int preconditioner;
   int rule;
-  int line_search;
+  int searched;  // scalars that the line search keeps
   bool nesterov;
   double epsilon;
   double lars_coefficient;  // 0: off
   double momentum;          // of the rules kBlended and kMomentum
   double decay;             // of the preconditioner
-  // Online line search
-  double decrease_threshold, increase_threshold, decrease_factor;
-  // Step line search
-  int period, limit_count;
-  double smoothing, limits[kMaxLimits], factors[kMaxLimits];
-  // Both
-  double increase_factor, minimum_scale;
 };
 
 NLCG_HOST_DEVICE bool UsesBfgs(const Settings& settings) {
   return settings.preconditioner == kBfgs || settings.preconditioner == kNormalizedBfgs;
-}
-
-NLCG_HOST_DEVICE bool UsesLoss(const Settings& settings) {
-  return settings.line_search != kNoLineSearch || settings.rule == kBlended;
 }
 
 // Whether the diagonal divides a gradient that is scaled afterwards by its mean.
@@ -110,13 +98,6 @@ NLCG_HOST_DEVICE bool KeepsGradient(const Settings& settings) {
 // the coming gradient takes all that is read.
 NLCG_HOST_DEVICE bool KeepsSums(const Settings& settings) {
   return UsesBfgs(settings) && !settings.nesterov;
-}
-
-// The number of reals that the settings need.
-NLCG_HOST_DEVICE int RealCount(const Settings& settings) {
-  return settings.line_search == kNoLineSearch ? kScale
-         : settings.line_search == kOnline     ? kLoss + 1
-                                               : kComparedLoss + 1;
 }
 
 template <typename T>
@@ -172,7 +153,7 @@ struct Stage {
   T scale, beta, direction_factor, gradient_factor, alpha, learning_rate;
   T loss;
   double gain_ratio;
-  T reals[kComparedLoss + 1];
+  T reals[kReals];
 };
 
 NLCG_HOST_DEVICE bool Finite(double x) { return x - x == 0; }
@@ -186,8 +167,8 @@ using ParallelFor =
 // skipped, and not left to a later call. The cosine of a single sweep is that of its own shard.
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
-                 T learning_rate, T loss, T* reals, int64_t* counts,
-                 const ParallelFor& parallel_for, const Portion& portion = {});
+                 const T* given, T* reals, int64_t* counts, const ParallelFor& parallel_for,
+                 const Portion& portion = {});
 
 }  // namespace nlcg
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import keras
 
-from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
 from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, apply
-from nlcg_tf.reductions import are_divided, count, sum_of_parts
+from nlcg_tf.reductions import are_divided, count, sum_of_shards
 from nlcg_tf.reference import COUNTS, OWN_SLOTS, REALS, cosine
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
 BUILD_COMMAND = "python -m nlcg_tf.fused.build"
-LINE_SEARCHES = {type(None): "none", OnlineLineSearch: "online", StepLineSearch: "step"}
 PRECONDITIONERS = {type(None): "none", DiagonalBFGS: "bfgs", NormalizedBFGS: "normalized_bfgs"}
 # The rules that take P g as it is given.
 LOOKS_AT_NO_STEP = ("fletcher_reeves", "momentum")
@@ -108,11 +106,6 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
             return f"{name} looks at steps"
         if optimizer.update_rule not in LOOKS_AT_NO_STEP:
             return f"with {name} it does not know the update rule {optimizer.update_rule!r}"
-    if type(optimizer.line_search) not in LINE_SEARCHES:
-        return f"it does not know the line search {optimizer.line_search!r}"
-    search = optimizer.line_search
-    if isinstance(search, StepLineSearch) and (len(search.limits) > 16 or search.period > 10**9):
-        return "it knows at most 16 limits, and periods up to 10^9"
     module, reason = _load()
     if module is None:
         _warn_once(reason)
@@ -149,7 +142,6 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     module, _ = _load()
     with tf.init_scope():  # the handles are constants of a graph, packed once
         packed = module.nlcg_pack_handles(slots)
-    loss = variables.get("loss", 0.0)
     with tf.device("CPU:0"):  # where the op reads them; on a GPU they would have to be fetched
         vector = tf.constant(_settings_vector(optimizer), tf.float64)
         weight_decays = tf.constant(weight_decays, tf.float64)
@@ -163,8 +155,7 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         curvature_sums=[v.handle for v in (variables.get("curvature_sums"),) if v is not None],
         gradients=gradients,
         preconditioned=preconditioned,
-        learning_rate=tf.cast(learning_rate, dtype),
-        loss=tf.cast(loss, dtype),
+        given=_given(optimizer, tf.cast(learning_rate, dtype), variables),
         settings=vector,
         weight_decays=weight_decays,
         preconditioner=PRECONDITIONERS.get(type(optimizer.preconditioner), "given"),
@@ -172,15 +163,31 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         keep_slots=not tf.executing_eagerly(),
         update_rule=optimizer.update_rule,
         nesterov=optimizer.nesterov,
-        line_search=LINE_SEARCHES[type(optimizer.line_search)],
     )
     if are_divided():
-        _update_part(run, optimizer, variables)
+        _update_shards(run, optimizer, variables)
     else:
         run(known_sums=[])
     if not known:
         _set_real(variables, "preconditioner_mean", mean)
         _assign_state(variables, state)
+
+
+def _given(optimizer, learning_rate, variables):
+    """The op's input of that name: the scalars of this update, with the line search's new state."""
+    import tensorflow as tf
+
+    loss = tf.cast(variables.get("loss", 0.0), learning_rate.dtype)
+    search = optimizer.line_search
+    if search is None:
+        return tf.stack([learning_rate, learning_rate, loss])
+    names = optimizer.real_names[len(REALS) :]
+    state = dict(zip(names, tf.unstack(tf.convert_to_tensor(variables["reals"])[len(REALS) :])))
+    updates = tf.convert_to_tensor(variables["counts"])[COUNTS.index("updates")]
+    state = search.update(state, loss, updates)
+    state = [tf.cast(state[name], learning_rate.dtype) for name in names]
+    scale = state[names.index("learning_rate_scale")]
+    return tf.stack([learning_rate, learning_rate * scale, loss, *state])
 
 
 def _slots_of_the_op(optimizer, slots):
@@ -231,7 +238,7 @@ def _set_real(variables, name, value):
     variables["reals"].assign(tf.tensor_scatter_nd_update(reals, [[place]], [new]))
 
 
-def _update_part(run, optimizer, variables):
+def _update_shards(run, optimizer, variables):
     """A sweep a call: between two of them this worker's sums become those over all parts."""
     import tensorflow as tf
 
@@ -239,20 +246,12 @@ def _update_part(run, optimizer, variables):
     known = []
     for sweep in [*sweeps, "direction", "step"]:
         sums = run(sweep=sweep, known_sums=known, elements=count(variables["weights"]))
-        known.append(sum_of_parts(sums))
+        known.append(sum_of_shards(sums))
     # The op could tell the cosine over its own part only.
     _set_real(variables, "cosine", cosine(*tf.unstack(known[-1][:3])))
 
 
 def _settings_vector(optimizer):
-    vector = [optimizer.epsilon, optimizer.lars_coefficient or 0.0, optimizer.momentum]
     own = type(optimizer.preconditioner) in PRECONDITIONERS
-    vector.append(getattr(optimizer.preconditioner, "decay", 1.0) if own else 1.0)
-    search = optimizer.line_search
-    if search is not None:
-        vector += [search.increase_factor, search.minimum_scale]
-    if isinstance(search, OnlineLineSearch):
-        vector += [search.decrease_threshold, search.increase_threshold, search.decrease_factor]
-    elif isinstance(search, StepLineSearch):
-        vector += [search.period, search.smoothing, *search.limits, *search.factors]
-    return vector
+    decay = getattr(optimizer.preconditioner, "decay", 1.0) if own else 1.0
+    return [optimizer.epsilon, optimizer.lars_coefficient or 0.0, optimizer.momentum, decay]

@@ -125,8 +125,8 @@ struct Chunk {
 
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
-                 T learning_rate, T loss, T* reals, int64_t* counts,
-                 const ParallelFor& parallel_for, const Portion& portion) {
+                 const T* given, T* reals, int64_t* counts, const ParallelFor& parallel_for,
+                 const Portion& portion) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < variables.size(); ++i) {
     for (int64_t begin = 0; begin < variables[i].size; begin += kChunk) {
@@ -158,7 +158,7 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
   if (portion.sweep == kAllSweeps) {
     for (const Variable<T>& v : variables) elements += v.size;
   }
-  Begin(settings, reals, counts, learning_rate, loss, &stage);
+  Begin(reals, counts, given, &stage);
   for (int kind = FirstSweep(settings); kind <= kSweepStep; ++kind) {
     Sums total = {};
     if (kind < portion.sweep) {
@@ -168,7 +168,7 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
     }
     if (kind == portion.sweep) std::memcpy(portion.sums, &total, sizeof(total));
     if (kind == portion.sweep && kind != kSweepStep) return false;
-    Finish(settings, kind, elements, total, &stage, reals, counts);
+    Finish(settings, kind, elements, given, total, &stage, reals, counts);
   }
   if (stage.skip) return false;
   if (settings.lars_coefficient > 0 || KeepsSums(settings)) {
@@ -180,9 +180,10 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
   return true;
 }
 
-template bool UpdateOnCpu<float>(const Settings&, const std::vector<Variable<float>>&, float, float,
+template bool UpdateOnCpu<float>(const Settings&, const std::vector<Variable<float>>&, const float*,
                                  float*, int64_t*, const ParallelFor&, const Portion&);
-template bool UpdateOnCpu<double>(const Settings&, const std::vector<Variable<double>>&, double,
-                                  double, double*, int64_t*, const ParallelFor&, const Portion&);
+template bool UpdateOnCpu<double>(const Settings&, const std::vector<Variable<double>>&,
+                                  const double*, double*, int64_t*, const ParallelFor&,
+                                  const Portion&);
 
 }  // namespace nlcg

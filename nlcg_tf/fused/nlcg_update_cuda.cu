@@ -285,7 +285,7 @@ __device__ Sums SumChunks(const Sums* sums, int64_t first, int64_t last, double*
 // The scalars of an update; pointers to the device.
 template <typename T>
 struct Scalars {
-  const T *learning_rate, *loss;
+  const T* given;
   T* reals;
   int64_t* counts;
 };
@@ -294,11 +294,12 @@ struct Scalars {
 template <typename T>
 __global__ void RecallKernel(Settings settings, Portion portion, Scalars<T> scalars,
                              Stage<T>* stage) {
-  Begin(settings, scalars.reals, scalars.counts, *scalars.learning_rate, *scalars.loss, stage);
+  Begin(scalars.reals, scalars.counts, scalars.given, stage);
   for (int kind = FirstSweep(settings); kind < portion.sweep; ++kind) {
     Sums known;
     for (int i = 0; i < kSums; ++i) known.values[i] = portion.known[kind][i];
-    Finish(settings, kind, portion.elements, known, stage, scalars.reals, scalars.counts);
+    Finish(settings, kind, portion.elements, scalars.given, known, stage, scalars.reals,
+           scalars.counts);
   }
 }
 
@@ -321,14 +322,15 @@ __global__ void __launch_bounds__(kSumThreads)
   const Sums total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
   if (threadIdx.x != 0) return;
   if (is_first) {
-    Begin(settings, scalars.reals, scalars.counts, *scalars.learning_rate, *scalars.loss, stage);
+    Begin(scalars.reals, scalars.counts, scalars.given, stage);
   }
   if (kSweep == portion.sweep) {
     // A sweep that was skipped left nothing to add up.
     for (int i = 0; i < kSums; ++i) portion.sums[i] = stage->skip ? 0 : total.values[i];
     if (kSweep != kSweepStep) return;
   }
-  Finish(settings, kSweep, portion.elements, total, stage, scalars.reals, scalars.counts);
+  Finish(settings, kSweep, portion.elements, scalars.given, total, stage, scalars.reals,
+         scalars.counts);
 }
 
 // All launches of a call but those that write the table.
@@ -384,8 +386,8 @@ size_t GpuScratchBytes(const std::vector<Variable<T>>& variables) {
 
 template <typename T>
 const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>& variables,
-                        const T* learning_rate, const T* loss, T* reals, int64_t* counts,
-                        void* scratch_memory, void* stream_pointer, const Portion& portion) {
+                        const T* given, T* reals, int64_t* counts, void* scratch_memory,
+                        void* stream_pointer, const Portion& portion) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   char* memory = static_cast<char*>(scratch_memory);
   Scratch<T> scratch;
@@ -422,7 +424,7 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   const auto launch = UsesBfgs(settings)                  ? Launch<T, kBfgs>
                       : settings.preconditioner == kGiven ? Launch<T, kGiven>
                                                           : Launch<T, kIdentity>;
-  launch(settings, all, scratch, {learning_rate, loss, reals, counts}, stream);
+  launch(settings, all, scratch, {given, reals, counts}, stream);
   return Describe(cudaGetLastError());
 }
 
@@ -434,10 +436,10 @@ const char* CopyOnGpu(void* to, const void* from, size_t bytes, void* stream) {
 template size_t GpuScratchBytes<float>(const std::vector<Variable<float>>&);
 template size_t GpuScratchBytes<double>(const std::vector<Variable<double>>&);
 template const char* UpdateOnGpu<float>(const Settings&, const std::vector<Variable<float>>&,
-                                        const float*, const float*, float*, int64_t*, void*, void*,
+                                        const float*, float*, int64_t*, void*, void*,
                                         const Portion&);
 template const char* UpdateOnGpu<double>(const Settings&, const std::vector<Variable<double>>&,
-                                         const double*, const double*, double*, int64_t*, void*,
-                                         void*, const Portion&);
+                                         const double*, double*, int64_t*, void*, void*,
+                                         const Portion&);
 
 }  // namespace nlcg

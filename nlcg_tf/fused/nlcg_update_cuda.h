@@ -20,8 +20,8 @@ size_t GpuScratchBytes(const std::vector<Variable<T>>& variables);
 // the gradient is kept. Returns null, or CUDA's description of the error that kept it from being enqueued.
 template <typename T>
 const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>& variables,
-                        const T* learning_rate, const T* loss, T* reals, int64_t* counts,
-                        void* scratch, void* stream, const Portion& portion = {});
+                        const T* given, T* reals, int64_t* counts, void* scratch, void* stream,
+                        const Portion& portion = {});
 
 // Enqueues a copy on the device.
 const char* CopyOnGpu(void* to, const void* from, size_t bytes, void* stream);

@@ -27,8 +27,8 @@ struct CpuDevice {
   }
   // Returns whether the weights were updated, which the CPU knows and a GPU does not without waiting.
   static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
-                     const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
-                     const T* loss, T* reals, int64_t* counts, const nlcg::Portion& portion) {
+                     const std::vector<nlcg::Variable<T>>& variables, const T* given, T* reals,
+                     int64_t* counts, const nlcg::Portion& portion) {
     auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
     int64_t size = 0;
     for (const nlcg::Variable<T>& v : variables) size += v.size;
@@ -44,8 +44,7 @@ struct CpuDevice {
               work(begin, end);
             });
     };
-    return nlcg::UpdateOnCpu<T>(settings, variables, *learning_rate, *loss, reals, counts,
-                                parallel_for, portion);
+    return nlcg::UpdateOnCpu<T>(settings, variables, given, reals, counts, parallel_for, portion);
   }
   static constexpr bool kKnowsOutcome = true;
 };
@@ -65,13 +64,13 @@ struct GpuDevice {
     return GpuStatus(nlcg::CopyOnGpu(to, from, bytes, Stream(ctx)));
   }
   static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
-                     const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
-                     const T* loss, T* reals, int64_t* counts, const nlcg::Portion& portion) {
+                     const std::vector<nlcg::Variable<T>>& variables, const T* given, T* reals,
+                     int64_t* counts, const nlcg::Portion& portion) {
     Tensor scratch;
     const int64_t bytes = nlcg::GpuScratchBytes(variables);
     absl::Status status = ctx->allocate_temp(DT_INT8, TensorShape({bytes}), &scratch);
     if (status.ok()) {
-      status = GpuStatus(nlcg::UpdateOnGpu(settings, variables, learning_rate, loss, reals, counts,
+      status = GpuStatus(nlcg::UpdateOnGpu(settings, variables, given, reals, counts,
                                            scratch.data(), Stream(ctx), portion));
     }
     if (!status.ok()) ctx->SetStatus(status);

@@ -21,7 +21,7 @@ struct Layout {
   int singles;  // variables that there are once, not for each of the weights
   bool keeps_gradient, has_diagonal, is_given, has_ratios, has_sums;
   struct {
-    int slots, gradients, preconditioned, learning_rate, loss, settings, weight_decays, known_sums;
+    int slots, gradients, preconditioned, given, settings, weight_decays, known_sums;
   } input;
   struct {
     int directions, previous, diagonals, reals, counts, ratios, sums, end;
@@ -38,9 +38,8 @@ struct Layout {
     input.slots = n;
     input.gradients = n + 1 + singles;
     input.preconditioned = input.gradients + n;
-    input.learning_rate = input.preconditioned + (is_given ? n : 0);
-    input.loss = input.learning_rate + 1;
-    input.settings = input.loss + 1;
+    input.given = input.preconditioned + (is_given ? n : 0);
+    input.settings = input.given + 1;
     input.weight_decays = input.settings + 1;
     input.known_sums = input.weight_decays + 1;
     variable.directions = n;
@@ -73,8 +72,8 @@ absl::Status CheckRanges(const nlcg::Settings& s) {
   if (!(s.epsilon >= std::numeric_limits<T>::min() && s.epsilon < 1e30)) {
     return Invalid("NlcgUpdate: epsilon must be a normal positive number, is ", s.epsilon);
   }
-  if (!(s.lars_coefficient >= 0)) {
-    return Invalid("NlcgUpdate: lars_coefficient must not be negative, is ", s.lars_coefficient);
+  if (!(s.lars_coefficient >= 0 && nlcg::Finite(s.lars_coefficient))) {
+    return Invalid("NlcgUpdate: lars_coefficient must be a number from 0 on, is ", s.lars_coefficient);
   }
   if (!(s.momentum >= 0 && s.momentum < 1)) {
     return Invalid("NlcgUpdate: momentum must lie in [0, 1), is ", s.momentum);
@@ -85,49 +84,16 @@ absl::Status CheckRanges(const nlcg::Settings& s) {
   return absl::OkStatus();
 }
 
-// Reads the vector of settings; optimizer settings come first, the line search's follow.
 template <typename T>
 absl::Status ReadSettings(const Tensor& tensor, nlcg::Settings* s) {
   const auto values = tensor.vec<double>();
-  const int64_t size = values.size();
-  const auto wrong = [&](int64_t expected) {
-    return Invalid("NlcgUpdate: settings must have ", expected, " elements, has ", size);
-  };
-  constexpr int kOwn = 4;
-  if (size < kOwn || (s->line_search == nlcg::kNoLineSearch && size != kOwn)) return wrong(kOwn);
+  if (values.size() != 4) {
+    return Invalid("NlcgUpdate: settings must have 4 elements, has ", values.size());
+  }
   s->epsilon = values(0);
   s->lars_coefficient = values(1);
   s->momentum = values(2);
   s->decay = values(3);
-  const auto search = [&](int64_t i) { return values(kOwn + i); };
-  if (s->line_search == nlcg::kOnline) {
-    if (size != kOwn + 5) return wrong(kOwn + 5);
-    s->increase_factor = search(0);
-    s->minimum_scale = search(1);
-    s->decrease_threshold = search(2);
-    s->increase_threshold = search(3);
-    s->decrease_factor = search(4);
-  } else if (s->line_search == nlcg::kStep) {
-    if (size < kOwn + 4 || size % 2 != 0) return wrong(kOwn + 18);
-    if (size > kOwn + 4 + 2 * nlcg::kMaxLimits) return Invalid("NlcgUpdate: too many limits");
-    s->increase_factor = search(0);
-    s->minimum_scale = search(1);
-    s->smoothing = search(3);
-    if (!(search(2) >= 1 && search(2) <= 1e9)) {
-      return Invalid("NlcgUpdate: the period must lie in [1, 1e9], is ", search(2));
-    }
-    s->period = static_cast<int>(search(2));
-    s->limit_count = static_cast<int>((size - kOwn - 4) / 2);
-    for (int i = 0; i < s->limit_count; ++i) {
-      s->limits[i] = search(4 + i);
-      s->factors[i] = search(4 + s->limit_count + i);
-    }
-  }
-  for (int64_t i = 0; i < size; ++i) {
-    if (!nlcg::Finite(values(i))) {
-      return Invalid("NlcgUpdate: settings[", i, "] is not finite");
-    }
-  }
   return CheckRanges<T>(*s);
 }
 
@@ -135,18 +101,17 @@ absl::Status ReadSettings(const Tensor& tensor, nlcg::Settings* s) {
 template <typename T>
 absl::Status ReadInputs(OpKernelContext* ctx, const Layout& layout, nlcg::Settings* settings) {
   const auto& input = layout.input;
-  for (int i : {input.learning_rate, input.loss}) {
-    if (!TensorShapeUtils::IsScalar(ctx->input(i).shape())) {
-      return Invalid("NlcgUpdate: learning_rate and loss must be scalars, got ",
-                     ctx->input(i).shape().DebugString());
-    }
-  }
-  for (int i : {input.settings, input.weight_decays}) {
+  for (int i : {input.given, input.settings, input.weight_decays}) {
     if (!TensorShapeUtils::IsVector(ctx->input(i).shape())) {
-      return Invalid("NlcgUpdate: settings and weight_decays must be vectors, got ",
+      return Invalid("NlcgUpdate: given, settings and weight_decays must be vectors, got ",
                      ctx->input(i).shape().DebugString());
     }
   }
+  const int64_t given = ctx->input(input.given).NumElements();
+  if (given < nlcg::kSearched || given > nlcg::kSearched + 1000) {
+    return Invalid("NlcgUpdate: given must have 3 to 1,003 elements, has ", given);
+  }
+  settings->searched = static_cast<int>(given) - nlcg::kSearched;
   TF_RETURN_IF_ERROR(ReadSettings<T>(ctx->input(input.settings), settings));
   if ((settings->lars_coefficient > 0) != layout.has_ratios) {
     return Invalid("NlcgUpdate: a LARS coefficient needs trust_ratios, and the other way round");
@@ -162,11 +127,11 @@ absl::Status ReadInputs(OpKernelContext* ctx, const Layout& layout, nlcg::Settin
     }
   }
   for (int i = 0; layout.is_given && i < layout.n; ++i) {
-    const TensorShape& given = ctx->input(input.preconditioned + i).shape();
+    const TensorShape& own = ctx->input(input.preconditioned + i).shape();
     const TensorShape& gradient = ctx->input(input.gradients + i).shape();
-    if (given != gradient) {
+    if (own != gradient) {
       return Invalid("NlcgUpdate: preconditioned[", i, "] must have shape ", gradient.DebugString(),
-                     ", has ", given.DebugString());
+                     ", has ", own.DebugString());
     }
   }
   const Tensor& slots = ctx->input(input.slots);
@@ -228,7 +193,7 @@ absl::Status CheckVariables(OpKernelContext* ctx, const Layout& layout,
     const TensorShape& shape = ctx->input(layout.input.gradients + position).shape();
     TF_RETURN_IF_ERROR(CheckVariable(vars[i], dtype, shape, layout.Role(i), position));
   }
-  const TensorShape reals({nlcg::RealCount(settings)}), counts({nlcg::kCounts});
+  const TensorShape reals({nlcg::kReals + settings.searched}), counts({nlcg::kCounts});
   TF_RETURN_IF_ERROR(CheckVariable(vars[at.reals], dtype, reals, "reals", 0));
   TF_RETURN_IF_ERROR(CheckVariable(vars[at.counts], DT_INT64, counts, "counts", 0));
   for (int i = at.ratios; i < at.end; ++i) {

@@ -30,8 +30,7 @@ REGISTER_OP("NlcgUpdate")
     .Input("curvature_sums: c * resource")
     .Input("gradients: n * T")
     .Input("preconditioned: p * T")
-    .Input("learning_rate: T")
-    .Input("loss: T")
+    .Input("given: T")
     .Input("settings: double")
     .Input("weight_decays: double")
     .Input("known_sums: k * double")
@@ -47,18 +46,12 @@ REGISTER_OP("NlcgUpdate")
     .Attr("keep_slots: bool")
     .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere', 'blended', 'momentum'}")
     .Attr("nesterov: bool")
-    .Attr("line_search: {'none', 'online', 'step'}")
     .Attr("sweep: {'all', 'curvature', 'direction', 'step'} = 'all'")
     .Attr("elements: int >= 0 = 0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle unused;
-      for (const char* name : {"learning_rate", "loss"}) {
-        std::vector<ShapeHandle> shapes;
-        TF_RETURN_IF_ERROR(c->input(name, &shapes));
-        TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 0, &unused));
-      }
-      for (const char* name : {"slots", "settings", "weight_decays"}) {
+      for (const char* name : {"slots", "given", "settings", "weight_decays"}) {
         std::vector<ShapeHandle> shapes;
         TF_RETURN_IF_ERROR(c->input(name, &shapes));
         TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 1, &unused));
@@ -76,18 +69,19 @@ slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or th
   'polak_ribiere' and 'blended', the previous gradients; with BFGS the diagonal of the Hessian.
 preconditioned: with the preconditioner 'given' what it made of each gradient, otherwise none. Such a
   one goes with the rules 'fletcher_reeves' and 'momentum'.
-reals: vector variable of type T: what the enum Real in nlcg_update.h lists.
+reals: vector variable of type T: what the enum Real in nlcg_update.h lists, and the line search's.
 counts: int64 vector variable: updates, skipped, rejected, last update applied.
 trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
 curvature_sums: one variable of type T and shape (variables, 4) with BFGS and without `nesterov`, or
   none; otherwise none.
-settings: epsilon, LARS coefficient, momentum of the rules that have one, decay of the preconditioner, then
-  the line search's settings.
+given: the learning rate; that times the line search's scale; the loss, or 0 where the settings need
+  none; and what the line search keeps, which is written behind the reals.
+settings: epsilon, LARS coefficient, momentum of the rules that have one, decay of the preconditioner.
 weight_decays: one for each variable.
 positions: where each variable stands in `trust_ratios` and `curvature_sums`.
 known_sums: for one sweep, what those before it gave as `sums`, added up over all workers.
 sums: for one sweep its sums over these variables, otherwise empty.
-sweep: which part of the update to do, for workers of which each has a part of the parameters: with BFGS
+sweep: which part of the update to do, for workers of which each has a shard of the parameters: with BFGS
   "curvature", "direction" and "step" in this order, otherwise the last two. All other inputs are the
   same each time. The cosine that "step" leaves in `reals` is that of these variables alone.
 elements: for one sweep how many elements the variables of all workers have, otherwise 0.
@@ -162,7 +156,7 @@ class NlcgUpdateOp : public OpKernel {
  public:
   explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
     int n, r, c, p, k;
-    std::string preconditioner, rule, line_search, sweep;
+    std::string preconditioner, rule, sweep;
     settings_ = {};
     OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("preconditioner", &preconditioner));
@@ -176,7 +170,6 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("keep_slots", &keep_slots_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_rule", &rule));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("line_search", &line_search));
     settings_.preconditioner = preconditioner == "bfgs"              ? nlcg::kBfgs
                                : preconditioner == "normalized_bfgs" ? nlcg::kNormalizedBfgs
                                : preconditioner == "given"           ? nlcg::kGiven
@@ -185,9 +178,6 @@ class NlcgUpdateOp : public OpKernel {
                      : rule == "blended"     ? nlcg::kBlended
                      : rule == "momentum"    ? nlcg::kMomentum
                                              : nlcg::kFletcherReeves;
-    settings_.line_search = line_search == "online" ? nlcg::kOnline
-                            : line_search == "step" ? nlcg::kStep
-                                                    : nlcg::kNoLineSearch;
     OP_REQUIRES(ctx, n >= 1, Invalid("NlcgUpdate: there is no variable"));
     const bool is_given = settings_.preconditioner == nlcg::kGiven;
     OP_REQUIRES(ctx, p == (is_given ? n : 0),
@@ -239,10 +229,10 @@ class NlcgUpdateOp : public OpKernel {
     Tensor* sums = nullptr;
     const int64_t numbers = sweep_ == nlcg::kAllSweeps ? 0 : nlcg::kSums;
     OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({numbers}), &sums));
-    const bool applied = Device::Update(
-        ctx, settings, KernelVariables(ctx, vars, adopted), Input(ctx, layout_.input.learning_rate),
-        Input(ctx, layout_.input.loss), Data<T>(vars[layout_.variable.reals]),
-        Data<int64_t>(vars[layout_.variable.counts]), MakePortion(ctx, sums));
+    const bool applied =
+        Device::Update(ctx, settings, KernelVariables(ctx, vars, adopted),
+                       Input(ctx, layout_.input.given), Data<T>(vars[layout_.variable.reals]),
+                       Data<int64_t>(vars[layout_.variable.counts]), MakePortion(ctx, sums));
     if (applied) KeepAdopted(vars, &adopted);
   }
 
@@ -273,7 +263,7 @@ class NlcgUpdateOp : public OpKernel {
       own += ctx->input(layout_.input.gradients + i).NumElements();
     }
     if (elements_ >= own) return absl::OkStatus();
-    return Invalid("NlcgUpdate: elements must be those of all parts, at least ", own, ", is ",
+    return Invalid("NlcgUpdate: elements must be those of all shards, at least ", own, ", is ",
                    elements_);
   }
 

@@ -10,10 +10,6 @@
 
 namespace nlcg {
 
-NLCG_HOST_DEVICE double Bounded(const Settings& settings, double scale) {
-  return scale < settings.minimum_scale ? settings.minimum_scale : scale > 1 ? 1 : scale;
-}
-
 NLCG_HOST_DEVICE double ClippedToOne(double x) {
   // Where the sums overflowed the direction starts again from steepest descent.
   return !Finite(x) || x < 0 ? 0 : x > 1 ? 1 : x;
@@ -40,51 +36,17 @@ struct Previous {
   }
 };
 
-// The line search and the step size: section 3.2.2. Needs no sums, so that a loss that is not finite
-// is known before anything is written.
+// Needs no sums, so that a rate or a loss that is not finite is known before anything is written.
 template <typename T>
-NLCG_HOST_DEVICE void Begin(const Settings& settings, const T* reals, const int64_t* counts,
-                            T learning_rate, T loss, Stage<T>* stage) {
-  const int64_t updates = counts[kUpdates];
-  stage->first = updates == 0;
+NLCG_HOST_DEVICE void Begin(const T* reals, const int64_t* counts, const T* given,
+                            Stage<T>* stage) {
+  stage->first = counts[kUpdates] == 0;
   for (int i = kLastLoss; i <= kMeanUpdateNorm; ++i) stage->reals[i] = reals[i];
-  stage->loss = loss;
+  stage->loss = given[kLoss];
   stage->gain_ratio = 0;
-  double scale = 1;
-  if (settings.line_search != kNoLineSearch) scale = reals[kScale];
-  if (settings.line_search == kOnline) {
-    const double previous = reals[kLoss], magnitude = fabs(previous);
-    if (!stage->first) {
-      if (loss > previous + settings.decrease_threshold * magnitude) {
-        scale = Bounded(settings, scale * settings.decrease_factor);
-      } else if (loss < previous + settings.increase_threshold * magnitude) {
-        scale = Bounded(settings, scale * settings.increase_factor);
-      }
-    }
-    stage->reals[kLoss] = loss;
-  } else if (settings.line_search == kStep) {
-    double average = loss, compared = loss;
-    if (!stage->first) {
-      average = settings.smoothing * reals[kLoss] + (1 - settings.smoothing) * loss;
-      compared = reals[kComparedLoss];
-      if (updates % settings.period == 0) {
-        const double ratio = compared == 0 ? 1 : average / compared;
-        double factor = settings.increase_factor;
-        for (int i = settings.limit_count - 1; i >= 0; --i) {
-          if (ratio > settings.limits[i]) factor = settings.factors[i];
-        }
-        scale = Bounded(settings, scale * factor);
-        compared = average;
-      }
-    }
-    stage->reals[kLoss] = T(average);
-    stage->reals[kComparedLoss] = T(compared);
-  }
-  stage->reals[kScale] = T(scale);
-  stage->alpha = learning_rate * T(scale);
-  stage->reals[kStepSize] = stage->alpha;
-  stage->learning_rate = learning_rate;
-  stage->skip = !Finite(stage->alpha) || (UsesLoss(settings) && !Finite(loss));
+  stage->learning_rate = given[kLearningRate];
+  stage->alpha = stage->reals[kStepSize] = given[kScaledRate];
+  stage->skip = !Finite(stage->alpha) || !Finite(stage->loss);
 }
 
 // The gain ratio (noise.py), from g's and g_prev's.
@@ -209,7 +171,7 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
 
 // After sweep 3: the scalars are written.
 template <typename T>
-NLCG_HOST_DEVICE void FinishStep(const Settings& settings, int real_count, const Sums& sums,
+NLCG_HOST_DEVICE void FinishStep(const Settings& settings, const T* given, const Sums& sums,
                                  Stage<T>* stage, T* reals, int64_t* counts) {
   counts[kLastApplied] = stage->skip ? 0 : 1;
   if (stage->skip) {
@@ -218,17 +180,18 @@ NLCG_HOST_DEVICE void FinishStep(const Settings& settings, int real_count, const
   }
   const double norms = sqrt(sums.values[kStepGg]) * sqrt(sums.values[kStepDd]);
   stage->reals[kCosine] = norms > 0 ? T(-sums.values[kStepGd] / norms) : T(0);
-  for (int i = 0; i < real_count; ++i) reals[i] = stage->reals[i];
+  for (int i = 0; i < kReals; ++i) reals[i] = stage->reals[i];
+  for (int i = 0; i < settings.searched; ++i) reals[kReals + i] = given[kSearched + i];
   counts[kUpdates] += 1;
   if (UsesBfgs(settings) && !stage->first && !stage->accepted) counts[kRejected] += 1;
 }
 
 // After any sweep.
 template <typename T>
-NLCG_HOST_DEVICE void Finish(const Settings& settings, int sweep, double elements, const Sums& sums,
-                             Stage<T>* stage, T* reals, int64_t* counts) {
+NLCG_HOST_DEVICE void Finish(const Settings& settings, int sweep, double elements, const T* given,
+                             const Sums& sums, Stage<T>* stage, T* reals, int64_t* counts) {
   if (sweep == kSweepStep) {
-    FinishStep(settings, RealCount(settings), sums, stage, reals, counts);
+    FinishStep(settings, given, sums, stage, reals, counts);
   } else if (!stage->skip && sweep == kSweepCurvature) {
     FinishCurvature(settings, reals, counts, sums, stage);
   } else if (!stage->skip) {

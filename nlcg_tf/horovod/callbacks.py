@@ -56,7 +56,7 @@ class BroadcastVariables(keras.callbacks.Callback):
         if len(set(counts)) > 1:
             each = ", ".join(f"worker {rank}: {n}" for rank, n in enumerate(counts))
             raise ValueError(
-                "The workers' parts of the optimizer are after unequal numbers of updates "
+                "The workers' shards of the optimizer are after unequal numbers of updates "
                 f"({each}). Load the saved state on every worker, or use `hvd.scatter_optimizer`."
             )
 

@@ -104,7 +104,7 @@ def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
 
     Args:
         variables: list of Keras or TensorFlow variables, equal in number, order and shapes. A
-            sharded optimizer's slots, of which each worker has its own part, stay as they are.
+            sharded optimizer's slots, of which each worker has its own shard, stay as they are.
     """
     variables = plain(shared(variables))
     with entering("in a broadcast"):
@@ -116,8 +116,8 @@ def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
 
 
 def shared(variables):
-    """The variables that are the same on all workers: all but parts of sharded optimizers."""
-    return [v for v in variables if not hasattr(v, "part_of")]
+    """The variables that are the same on all workers: all but the shards of sharded optimizers."""
+    return [v for v in variables if not hasattr(v, "shard_of")]
 
 
 def plain(variables):

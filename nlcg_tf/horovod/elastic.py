@@ -30,7 +30,7 @@ class ElasticState(ObjectState):
 
     def __init__(self, variables: Sequence[Any], **values: Any) -> None:
         self._variables = plain(shared(variables))
-        sharded = {id(v.part_of): v.part_of for v in variables if hasattr(v, "part_of")}
+        sharded = {id(v.shard_of): v.shard_of for v in variables if hasattr(v, "shard_of")}
         self._sharded = list(sharded.values())
         self._whole = None  # the state of each of those; here the workers may not communicate yet
         self._is_divided_anew = False
@@ -72,7 +72,7 @@ class ElasticState(ObjectState):
 
     def _gathered(self):
         return [
-            {key: gather([part.value])[0].numpy() for key, part in sorted(optimizer.parts.items())}
+            {key: gather([x.value])[0].numpy() for key, x in sorted(optimizer.slot_shards.items())}
             for optimizer in self._sharded
         ]
 
@@ -84,7 +84,7 @@ class ElasticState(ObjectState):
         whole = []
         for i, optimizer in enumerate(self._sharded):
             whole.append({})
-            for name, number in sorted(optimizer.parts):
+            for name, number in sorted(optimizer.slot_shards):
                 layout = optimizer.layouts[number]
                 vector = tf.zeros([layout.elements], layout.dtype)
                 if hvd.rank() == 0:

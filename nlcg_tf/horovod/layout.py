@@ -15,10 +15,10 @@ LONGEST = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Variables of one kind, end to end as one vector, of which each worker has a part.
+    """Variables of one kind, end to end as one vector, of which each worker has a shard.
 
-    The parts differ in length by one at most, or hold whole variables; where there are more workers
-    than elements or variables, some are empty.
+    The shards differ in length by one at most, or hold whole variables; where there are more
+    workers than elements or variables, some are empty.
 
     Attributes:
         indices: tuple of ints, which of the model's trainable variables these are.
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def lengths(self):
-        """Elements of each worker's part."""
+        """Elements of each worker's shard."""
         if not self.whole:
             return lengths_of_parts(self.elements, self.workers)
         lengths = [0] * self.workers
@@ -68,11 +68,11 @@ class Layout:
 
     @property
     def own_shapes(self):
-        """The shapes of the whole variables that this worker's part holds."""
+        """The shapes of the whole variables that this worker's shard holds."""
         return [s for s, owner in zip(self.shapes, self._owners) if owner == self.rank]
 
     def range(self):
-        """First element of this worker's part, and the one after its last."""
+        """First element of this worker's shard, and the one after its last."""
         begin = sum(self.lengths[: self.rank])
         return begin, begin + self.lengths[self.rank]
 
@@ -80,8 +80,8 @@ class Layout:
         """The whole vector."""
         return tf.concat([tf.reshape(x, [-1]) for x in tensors], axis=0)
 
-    def own_part(self, tensors):
-        """This worker's part of the vector that the tensors make up."""
+    def own_shard(self, tensors):
+        """This worker's shard of the vector that the tensors make up."""
         (begin, end), at, parts = self.range(), 0, []
         for x, size in zip(tensors, self.sizes):
             first, last = max(begin - at, 0), min(end - at, size)

@@ -1,4 +1,4 @@
-"""The door to training with several workers: it makes any Keras 3 optimizer distributed."""
+"""Makes any Keras 3 optimizer distributed over Horovod's workers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ def DistributedOptimizer(
         compression: `None`; `"fp16"` or `"bf16"` to send float32 gradients as float16, or as
             bfloat16, which has the range of float32 and less precision.
         average_with: scalar variables to be averaged in the same round, such as a loss to log.
-        shard: whether each worker keeps and updates its part of the optimizer's state only
+        shard: whether each worker keeps and updates a shard of the optimizer's state only
             (`nlcg_tf.horovod.sharding`): 1/W of the slots and of the update's work, the same bytes
             sent. For optimizers whose update is elementwise, and NLCG in all its forms but for LARS
             scaling. Every variable must have a gradient.

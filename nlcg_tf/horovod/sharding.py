@@ -1,8 +1,8 @@
-"""Optimizers of which each worker keeps and updates a part: ZeRO stage 1.
+"""Optimizers of which each worker keeps and updates a shard: ZeRO stage 1.
 
 Source: Rajbhandari, Rasley, Ruwase & He 2020, arXiv 1910.02054, section 5.1. In place of the ring
 all-reduce of the gradients come its two halves: the gradients are reduce-scattered, each worker
-updates its part of the weights with its part of the state, and the weights are gathered.
+updates its shard of the weights with its shard of the state, and the weights are gathered.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ ELEMENTWISE = (
     optimizers.Ftrl,
 )
 
-PARTS_ONLY = (
-    "This optimizer is sharded, each worker has a part of its state. Save inside of "
+SHARDS_ONLY = (
+    "This optimizer is sharded, each worker has a shard of its state. Save inside of "
     "`with nlcg_tf.horovod.gathered(model)`, which all workers enter; for tf.train.Checkpoint take "
     "the optimizer that `gather_optimizer` returns."
 )
@@ -57,10 +57,10 @@ def why_not(optimizer):
             return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
     preconditioner = getattr(optimizer, "preconditioner", None)
     if preconditioner is not None and preconditioner.couples != "elements":
-        # Of one that keeps a state the shapes of variables are not those of the parts.
+        # Of one that keeps a state the shapes of variables are not those of the shards.
         if preconditioner.couples == "model" or preconditioner.initial_state((2, 2)):
             return (
-                "parts of whole variables serve a preconditioner that couples elements, or a "
+                "shards of whole variables serve a preconditioner that couples elements, or a "
                 "variable without keeping a state. Received: preconditioner="
                 f"{preconditioner!r} with couples={preconditioner.couples!r}"
             )
@@ -80,21 +80,21 @@ def why_not(optimizer):
     return None
 
 
-class Parts:
-    """What sums over parts of the parameters need to know; see `reductions.over_workers`."""
+class Shards:
+    """What sums over shards of the parameters need to know; see `reductions.over_workers`."""
 
     def __init__(self, layouts):
         self.elements = sum(layout.elements for layout in layouts)
         self._shapes = [layout.own_shapes for layout in layouts]
 
     def sum(self, x):
-        return hvd.allreduce(x, op=hvd.Sum, name="Horovod_sum_of_parts")
+        return hvd.allreduce(x, op=hvd.Sum, name="Horovod_sum_of_shards")
 
     def pieces(self, vectors):
         tensors = []
         for vector, shapes in zip(vectors, self._shapes):
-            parts = tf.split(vector, [math.prod(shape) for shape in shapes]) if shapes else []
-            tensors += [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
+            shards = tf.split(vector, [math.prod(shape) for shape in shapes]) if shapes else []
+            tensors += [tf.reshape(shard, shape) for shard, shape in zip(shards, shapes)]
         # A worker without variables has a matrix without elements: there is something to work on.
         return tensors or [tf.reshape(vectors[0], (0, 1))]
 
@@ -126,22 +126,22 @@ class RecordsSlots:
         return super().add_variable_from_reference(reference, name, initializer)
 
 
-class KeepsAPart:
+class KeepsShards:
     """Mixin for what is saved as a whole: a sharded optimizer, or a loss scale around one."""
 
     def save_own_variables(self, store):
-        """Refused: a worker has a part only."""
-        raise RuntimeError(PARTS_ONLY)
+        """Refused: a worker has a shard only."""
+        raise RuntimeError(SHARDS_ONLY)
 
     def _trackable_children(self, save_type="checkpoint", **kwargs):
-        """Refused for `tf.train.Checkpoint`, which would take one worker's part for all."""
+        """Refused for `tf.train.Checkpoint`, which would take one worker's shard for all."""
         if save_type == "checkpoint":
-            raise RuntimeError(PARTS_ONLY)
+            raise RuntimeError(SHARDS_ONLY)
         return super()._trackable_children(save_type, **kwargs)
 
     def load_own_variables(self, store):
-        """Restores this worker's part of a whole state; to be called on every worker."""
-        from nlcg_tf.horovod.whole import take_own_part, whole_optimizer
+        """Restores this worker's shard of a whole state; to be called on every worker."""
+        from nlcg_tf.horovod.whole import take_own_shard, whole_optimizer
 
         if not self.built:
             super().load_own_variables(store)  # Keras warns that there are no slots yet
@@ -151,19 +151,19 @@ class KeepsAPart:
         saved = sum(name.isdigit() for name in store.keys())
         # Of another number Keras has warned, and loaded nothing.
         if saved in (len(whole.variables), getattr(whole, "_count_without_slots", None)):
-            take_own_part(self, whole)
+            take_own_shard(self, whole)
 
 
-class Sharded(KeepsAPart, RecordsSlots, Averaging):
+class Sharded(KeepsShards, RecordsSlots, Averaging):
     """Mixin for a Keras optimizer; see `DistributedOptimizer(shard=True)`.
 
-    Keras sees the model's variables, the optimizer's own class only this worker's parts of them:
+    Keras sees the model's variables, the optimizer's own class only this worker's shards of them:
     flat variables, each of one dtype and of variables with or without weight decay.
 
     Attributes:
         layouts: list of `Layout`.
-        shards: list of variables, this worker's part of the weights of each layout.
-        parts: dict of the recorded slots that hold this worker's part only.
+        shards: list of variables, this worker's shard of the weights of each layout.
+        slot_shards: dict of the recorded slots that hold this worker's shard only.
     """
 
     def build(self, variables):
@@ -190,17 +190,17 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
         self.built, self.use_ema, self.gradient_accumulation_steps = False, False, None
         before = len(self.variables)
         try:
-            with reductions.over_workers(Parts(layouts)):
+            with reductions.over_workers(Shards(layouts)):
                 super().build(shards)
         finally:
             for name, value in settings.items():
                 setattr(self, name, value)
         self._check_slots(self.variables[before:])
         object.__setattr__(self, "_trainable_variables", variables)
-        object.__setattr__(self, "parts", self.recorded_slots)
-        object.__setattr__(self, "recorded_slots", {**whole, **self.parts})
-        for slot in self.parts.values():
-            slot.part_of = self  # what compares and broadcasts variables passes over it
+        object.__setattr__(self, "slot_shards", self.recorded_slots)
+        object.__setattr__(self, "recorded_slots", {**whole, **self.slot_shards})
+        for slot in self.slot_shards.values():
+            slot.shard_of = self  # what compares and broadcasts variables passes over it
 
     def _check_slots(self, made):
         """Of a class that is not known: slots that were not made as Keras makes them."""
@@ -213,10 +213,10 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
             )
 
     def divide_anew(self, whole):
-        """Gives the workers that there are now their parts of a whole state.
+        """Gives the workers that there are now their shards of a whole state.
 
         Args:
-            whole: dict from the keys of `parts` to whole vectors.
+            whole: dict from the keys of `slot_shards` to whole vectors.
         """
         workers = {"workers": hvd.size(), "rank": hvd.rank()}
         layouts = [dataclasses.replace(layout, **workers) for layout in self.layouts]
@@ -224,12 +224,12 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
         for i, (layout, shard) in enumerate(zip(layouts, self.shards)):
             _resize(shard, np.zeros(layout.lengths[layout.rank], layout.dtype))
             self._trainable_variables_indices[self._var_key(shard)] = i
-        for (name, number), part in self.parts.items():
+        for (name, number), shard in self.slot_shards.items():
             begin, end = layouts[number].range()
-            _resize(part, whole[name, number][begin:end])
+            _resize(shard, whole[name, number][begin:end])
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        """Refused once the parts are made, of which each is of one kind."""
+        """Refused once the shards are made, of which each is of one kind."""
         if self.built:
             raise ValueError(
                 "`exclude_from_weight_decay` must be called before a sharded optimizer is built"
@@ -256,8 +256,8 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
             )
 
     def _new_shard(self, number, layout, variables):
-        part = layout.own_part([variables[i].value for i in layout.indices])
-        return keras.Variable(part, dtype=layout.dtype, name=f"shard_{number}")
+        shard = layout.own_shard([variables[i].value for i in layout.indices])
+        return keras.Variable(shard, dtype=layout.dtype, name=f"shard_{number}")
 
     def _use_weight_decay(self, variable):
         for shard, layout in zip(getattr(self, "shards", ()), getattr(self, "layouts", ())):
@@ -293,52 +293,52 @@ class Sharded(KeepsAPart, RecordsSlots, Averaging):
         super().apply(grads, trainable_variables)
 
     def _reduce(self, grads, optimizer):
-        """This worker's parts of the mean gradients, in place of the gradients."""
+        """This worker's shards of the mean gradients, in place of the gradients."""
         self._count_updates_without_average(0)
         extra = self._averaged_scalars(optimizer)
         if extra:
             means = average([tf.convert_to_tensor(x) for x in extra])
             for variable, mean in zip(extra, means):
                 variable.assign(mean)
-        parts = []
+        shards = []
         for layout in self.layouts:
             own = [tf.convert_to_tensor(grads[i]) for i in layout.indices]
             vector = self._compress(layout.flatten([tf.cast(g, layout.dtype) for g in own]))
-            part = tf.cast(reduce_scatter(vector, layout.lengths), layout.dtype)
-            parts.append(tf.ensure_shape(part, [layout.lengths[layout.rank]]))
-        return parts
+            shard = tf.cast(reduce_scatter(vector, layout.lengths), layout.dtype)
+            shards.append(tf.ensure_shape(shard, [layout.lengths[layout.rank]]))
+        return shards
 
     def _clip_gradients(self, grads):
         if not self.global_clipnorm:
             return super()._clip_gradients(grads)
-        parts = self._reduce(grads, self)
-        with reductions.over_workers(Parts(self.layouts)):
-            dtype = keras.backend.result_type(*(x.dtype for x in parts))
-            norm = tf.sqrt(reductions.sum_all([tf.cast(x * x, dtype) for x in parts]))
+        shards = self._reduce(grads, self)
+        with reductions.over_workers(Shards(self.layouts)):
+            dtype = keras.backend.result_type(*(x.dtype for x in shards))
+            norm = tf.sqrt(reductions.sum_all([tf.cast(x * x, dtype) for x in shards]))
         scale = self.global_clipnorm / tf.maximum(norm, self.global_clipnorm)
         # As Keras': a norm that is not finite makes gradients that are not.
         scale = tf.where(tf.math.is_finite(norm), scale, float("nan"))
-        return [x * tf.cast(scale, x.dtype) for x in parts]
+        return [x * tf.cast(scale, x.dtype) for x in shards]
 
     def _apply_weight_decay(self, variables):
-        # Keras calls it with the model's variables; their parts decay in the update.
+        # Keras calls it with the model's variables; their shards decay in the update.
         if variables is getattr(self, "shards", None):
             super()._apply_weight_decay(variables)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        self._update_part(grads, learning_rate)
+        self._update_shards(grads, learning_rate)
         vectors = gather([tf.convert_to_tensor(shard) for shard in self.shards])
         for layout, vector in zip(self.layouts, vectors):
             for i, value in zip(layout.indices, layout.restore(vector)):
                 self._trainable_variables[i].value.assign(value)
 
-    def _update_part(self, grads, learning_rate):
-        """Updates this worker's part of the weights, in `shards`."""
+    def _update_shards(self, grads, learning_rate):
+        """Updates this worker's shard of the weights, in `shards`."""
         weights = [v.value for v in self._trainable_variables]
         for layout, shard in zip(self.layouts, self.shards):
-            shard.assign(layout.own_part([weights[i] for i in layout.indices]))
-        # The factors of a part are this worker's alone.
-        with reductions.over_workers(Parts(self.layouts)), shared_by(None):
+            shard.assign(layout.own_shard([weights[i] for i in layout.indices]))
+        # The factors of a shard are this worker's alone.
+        with reductions.over_workers(Shards(self.layouts)), shared_by(None):
             self._apply_weight_decay(self.shards)
             super()._backend_update_step(grads, self.shards, learning_rate)
 
@@ -349,7 +349,7 @@ def _resize(variable, value):
     variable._shape = tuple(value.shape)
 
 
-class AgreeingLossScale(KeepsAPart, CountsUpdates):
+class AgreeingLossScale(KeepsShards, CountsUpdates):
     """Mixin for Keras' `LossScaleOptimizer` around a `Sharded` optimizer: all skip together."""
 
     def check_finite(self, grads):

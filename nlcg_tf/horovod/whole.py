@@ -56,9 +56,9 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
         except Exception as error:
             failure = error
     _end_together(failure)
-    for name, number in sorted(inner.parts):
+    for name, number in sorted(inner.slot_shards):
         layout = inner.layouts[number]
-        (vector,) = gather([tf.convert_to_tensor(inner.parts[name, number])])
+        (vector,) = gather([tf.convert_to_tensor(inner.slot_shards[name, number])])
         if whole is not None:
             for i, value in zip(layout.indices, layout.restore(vector)):
                 _plain(whole).recorded_slots[name, i].assign(value)
@@ -80,14 +80,14 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
         ValueError: for another optimizer; on the other workers a RuntimeError if `whole` is none.
     """
     inner = _sharded(optimizer)
-    wanted = {key for key in inner.recorded_slots if key not in inner.parts}
-    for name, number in inner.parts:
+    wanted = {key for key in inner.recorded_slots if key not in inner.slot_shards}
+    for name, number in inner.slot_shards:
         wanted.update((name, i) for i in inner.layouts[number].indices)
     failure = None
     if hvd.rank() == 0 and set(getattr(_plain(whole), "recorded_slots", ())) != wanted:
         failure = ValueError(f"`whole` must be of `whole_optimizer`. Received: whole={whole!r}")
     _end_together(failure)
-    for name, number in sorted(inner.parts):
+    for name, number in sorted(inner.slot_shards):
         layout = inner.layouts[number]
         if hvd.rank() == 0:
             slots = _plain(whole).recorded_slots
@@ -96,24 +96,24 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
             vector = tf.zeros([layout.elements], layout.dtype)
         vector = broadcast_first(vector)
         begin, end = layout.range()
-        inner.parts[name, number].assign(vector[begin:end])
+        inner.slot_shards[name, number].assign(vector[begin:end])
     if whole is not None:
         for own, of_whole in _shared_state(optimizer, whole):
             own.assign(of_whole)
     broadcast(optimizer.variables)
 
 
-def take_own_part(optimizer: keras.optimizers.Optimizer, whole: Any) -> None:
-    """Gives a sharded optimizer its part of a whole state that this worker has.
+def take_own_shard(optimizer: keras.optimizers.Optimizer, whole: Any) -> None:
+    """Gives a sharded optimizer its shard of a whole state that this worker has.
 
     Args:
         optimizer: as in `gather_optimizer`.
         whole: of `whole_optimizer`.
     """
     inner = _sharded(optimizer)
-    for (name, number), part in inner.parts.items():
+    for (name, number), shard in inner.slot_shards.items():
         layout, slots = inner.layouts[number], _plain(whole).recorded_slots
-        part.assign(layout.own_part([slots[name, i].value for i in layout.indices]))
+        shard.assign(layout.own_shard([slots[name, i].value for i in layout.indices]))
     for own, of_whole in _shared_state(optimizer, whole):
         own.assign(of_whole)
 
@@ -136,10 +136,10 @@ def whole_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
 
 
 def first_state(optimizer):
-    """A sharded optimizer's whole state as it begins: a vector for each key of its `parts`."""
+    """A sharded optimizer's whole first state: a vector for each key of its `slot_shards`."""
     inner, slots = _sharded(optimizer), _plain(whole_optimizer(optimizer)).recorded_slots
     vectors = {}
-    for name, number in inner.parts:
+    for name, number in inner.slot_shards:
         layout = inner.layouts[number]
         values = [slots[name, i].value for i in layout.indices]
         vectors[name, number] = layout.flatten(values).numpy()
@@ -168,11 +168,11 @@ def _shared_state(optimizer, whole):
     pairs = [
         (slot, plain.recorded_slots[key])
         for key, slot in inner.recorded_slots.items()
-        if key not in inner.parts
+        if key not in inner.slot_shards
     ]
     rest = []
     for one, slots in ((optimizer, inner.recorded_slots), (whole, plain.recorded_slots)):
-        # A worker's part has no `curvature_sums`: in the whole state they are not known.
+        # A worker's shard has no `curvature_sums`: in the whole state they are not known.
         known = {id(slot) for slot in [*slots.values(), getattr(_plain(one), "curvature_sums", 0)]}
         rest.append([v for v in one.variables if id(v) not in known])
     # What has a row for each variable is known for this division alone.

@@ -69,7 +69,7 @@ class Side:
         def update():
             self._observe()
             if self.parts:
-                optimizer._update_part([g.read_value() for g in self.parts], 1e-4)
+                optimizer._update_shards([g.read_value() for g in self.parts], 1e-4)
             else:
                 gradients = [g.read_value() for g in self.gradients]
                 optimizer._backend_update_step(gradients, self.variables, 1e-4)

@@ -1,4 +1,4 @@
-"""The door of the study: `python -m scripts.curvature --jobs=2`; see study.py.
+"""Entry point of the study: `python -m scripts.curvature --jobs=2`; see study.py.
 
 A file of its own, for worker processes import study.py by its name.
 """

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
 from nlcg_tf import NLCG
-from tests.distributed.training import BATCH, expect, make, part_of
+from tests.distributed.training import BATCH, expect, make, shard_of
 from tests.support.problems import (
     digits_data,
     digits_model,
@@ -34,7 +34,7 @@ def check_moving_statistics_are_averaged_by_the_callback():
     optimizer = hvd.DistributedOptimizer(NLCG(0.1))
     model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
     callbacks = [hvd.BroadcastVariables(), hvd.AverageMovingStatistics()]
-    model.fit(part_of(x), part_of(y), verbose=0, validation_data=(x, y), callbacks=callbacks)
+    model.fit(shard_of(x), shard_of(y), verbose=0, validation_data=(x, y), callbacks=callbacks)
     hvd.check_identical([*model.variables, *optimizer.variables])
 
 

@@ -10,7 +10,7 @@ import nlcg_tf.horovod as hvd
 from nlcg_tf import NLCG
 from nlcg_tf.horovod.whole import gather_optimizer, scatter_optimizer
 from nlcg_tf.preconditioner import Preconditioner
-from tests.distributed.training import UPDATES, expect, make, part_of
+from tests.distributed.training import UPDATES, expect, make, shard_of
 from tests.support.problems import (
     MeanSquares,
     flat,
@@ -71,7 +71,7 @@ def train(model, optimizer, updates=UPDATES):
     for _ in range(updates // 2):
         for half_x, half_y in zip(x, y):
             for _ in range(optimizer.gradient_accumulation_steps or 1):
-                step(part_of(half_x), part_of(half_y))
+                step(shard_of(half_x), shard_of(half_y))
     return model
 
 
@@ -101,9 +101,9 @@ def check_sharded_updates_equal_those_of_whole_state():
             hvd.check_identical([*models[1].variables, *optimizers[1].variables])
             # Each worker has its part of each slot; they differ in size by one at most, unless
             # variables stay whole.
-            own = [sum(v.shape[0] for v in optimizers[1].parts.values())]
+            own = [sum(v.shape[0] for v in optimizers[1].slot_shards.values())]
             sizes = np.array(hvd.allgather_object(own)).ravel()
-            slots = optimizers[1].parts
+            slots = optimizers[1].slot_shards
             kinds = len({slot for slot, _ in slots})
             assert sizes.sum() == kinds * 49, (name, sizes)
             if not name.startswith("spectral"):
@@ -158,8 +158,8 @@ def check_a_saved_model_has_the_whole_state():
     other.compile(optimizer=distributed("blended", True, {}), loss="mse")
     other.optimizer.build(other.trainable_variables)
     other.load_weights(path)
-    for key, part in model.optimizer.parts.items():
-        np.testing.assert_array_equal(other.optimizer.parts[key], part)
+    for key, part in model.optimizer.slot_shards.items():
+        np.testing.assert_array_equal(other.optimizer.slot_shards[key], part)
     if hvd.rank() == 1:
         other.optimizer.iterations.assign(0)
     callback = hvd.BroadcastVariables()
@@ -255,14 +255,14 @@ def check_sharded_workers_skip_an_overflow_together():
         if hvd.rank() == 0:
             model.optimizer.save_own_variables(store := {})
         store = hvd.broadcast_object(store if hvd.rank() == 0 else None)
-    before = {key: np.array(part) for key, part in inner.parts.items()}
+    before = {key: np.array(part) for key, part in inner.slot_shards.items()}
     assert float(optimizer.dynamic_scale) == 4.0
     optimizer.dynamic_scale.assign(16.0)
-    for part in inner.parts.values():
+    for part in inner.slot_shards.values():
         part.assign(part + 1)
     optimizer.load_own_variables(store)
     assert float(optimizer.dynamic_scale) == 4.0
-    for key, part in inner.parts.items():
+    for key, part in inner.slot_shards.items():
         np.testing.assert_array_equal(before[key], part)
     optimizer.dynamic_scale.assign(16.0)
     optimizer.load_own_variables({})  # Keras warns that there is nothing

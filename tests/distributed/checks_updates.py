@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
 from nlcg_tf import NLCG
-from tests.distributed.training import BATCH, RULES, UPDATES, expect, make, part_of, trained
+from tests.distributed.training import BATCH, RULES, UPDATES, expect, make, shard_of, trained
 from tests.support.problems import (
     digits_data,
     digits_model,
@@ -84,7 +84,7 @@ def check_custom_loop_eager_and_graph():
 
         step = tf.function(step) if graph else step
         for _ in range(UPDATES):
-            step(part_of(x), part_of(y))
+            step(shard_of(x), shard_of(y))
         difference = relative_difference(flat(model.get_weights()), expected)
         assert difference < 2e-5, (graph, difference)
 

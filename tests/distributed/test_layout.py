@@ -20,7 +20,7 @@ def test_the_parts_of_all_workers_are_the_whole(workers):
     for rank in range(workers):
         (layout,) = divide(variables, lambda v: True, False, workers, rank)
         vector = layout.flatten([v.value for v in variables])
-        part = layout.own_part([v.value for v in variables])
+        part = layout.own_shard([v.value for v in variables])
         begin, end = layout.range()
         np.testing.assert_array_equal(part, vector[begin:end])
         parts.append(part)
@@ -40,7 +40,7 @@ def test_whole_variables_have_one_owner_each(workers):
     values, shapes = [], []
     for rank in range(workers):
         (layout,) = divide(variables, lambda v: True, True, workers, rank)
-        part = layout.own_part([v.value for v in variables])
+        part = layout.own_shard([v.value for v in variables])
         assert layout.lengths[rank] == part.shape[0] == sum(map(np.prod, layout.own_shapes))
         values.append(part)
         shapes += layout.own_shapes

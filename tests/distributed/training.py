@@ -25,7 +25,7 @@ def make(name, **arguments):
     return paper_nlcg(schedule, name, **arguments)
 
 
-def part_of(x):
+def shard_of(x):
     """This worker's part of a batch."""
     return x[hvd.rank() * len(x) // 2 : (hvd.rank() + 1) * len(x) // 2]
 
@@ -33,7 +33,7 @@ def part_of(x):
 def trained(optimizer, model, loss, x, y, micro_batches=1, callbacks=(), **compile_arguments):
     distributed = isinstance(optimizer, Averaging)
     if distributed:
-        x, y = part_of(x), part_of(y)
+        x, y = shard_of(x), shard_of(y)
     if hvd.rank() == 1 and distributed:
         # Workers that start apart must be brought together by the broadcast.
         model.set_weights([w + 1 for w in model.get_weights()])

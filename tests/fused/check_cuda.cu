@@ -9,8 +9,8 @@ namespace {
 // `one_by_one`: a call for each sweep, as workers do of which each has a part of the parameters.
 template <typename T>
 const char* UpdateBySweeps(const nlcg::Settings& settings,
-                           const std::vector<nlcg::Variable<T>>& variables, const T* learning_rate,
-                           const T* loss, T* reals, int64_t* counts, void* scratch, size_t bytes) {
+                           const std::vector<nlcg::Variable<T>>& variables, const T* given,
+                           T* reals, int64_t* counts, void* scratch, size_t bytes) {
   double* sums;
   if (cudaMalloc(reinterpret_cast<void**>(&sums), 3 * sizeof(nlcg::Sums)) != cudaSuccess) {
     return "out of memory";
@@ -23,8 +23,7 @@ const char* UpdateBySweeps(const nlcg::Settings& settings,
        ++portion.sweep) {
     portion.sums = sums + nlcg::kSums * portion.sweep;
     cudaMemset(scratch, 0xFF, bytes);  // nothing is left there for the next sweep
-    error = nlcg::UpdateOnGpu(settings, variables, learning_rate, loss, reals, counts, scratch,
-                              nullptr, portion);
+    error = nlcg::UpdateOnGpu(settings, variables, given, reals, counts, scratch, nullptr, portion);
   }
   cudaFree(sums);  // waits
   return error;
@@ -35,8 +34,8 @@ const char* UpdateBySweeps(const nlcg::Settings& settings,
 template <typename T>
 const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, int count, T** w,
                    T** d, T** h, T** g_prev, T** g, T** preconditioned, T* ratios, T* sums,
-                   const int64_t* sizes, const double* weight_decays, const T* learning_rate,
-                   const T* loss, T* reals, int64_t* counts) {
+                   const int64_t* sizes, const double* weight_decays, const T* given, T* reals,
+                   int64_t* counts) {
   std::vector<nlcg::Variable<T>> variables(count);
   for (int i = 0; i < count; ++i) {
     variables[i] = {w[i],
@@ -59,10 +58,9 @@ const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, 
     if (cudaMalloc(&scratch, bytes) != cudaSuccess) return "out of memory";
     cudaMemset(scratch, 0xFF, bytes);
   }
-  const char* error = one_by_one ? UpdateBySweeps(*settings, variables, learning_rate, loss, reals,
-                                                  counts, scratch, bytes)
-                                 : nlcg::UpdateOnGpu(*settings, variables, learning_rate, loss,
-                                                     reals, counts, scratch, nullptr);
+  const char* error =
+      one_by_one ? UpdateBySweeps(*settings, variables, given, reals, counts, scratch, bytes)
+                 : nlcg::UpdateOnGpu(*settings, variables, given, reals, counts, scratch, nullptr);
   if (fresh) {
     cudaFree(scratch);  // waits
   } else if (scratch != shared) {
@@ -78,14 +76,13 @@ const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, 
 // For the caller, who describes the settings once more.
 extern "C" int nlcg_settings_bytes() { return sizeof(nlcg::Settings); }
 
-#define NLCG_EXPORT(T, name)                                                                      \
-  extern "C" const char* name(const nlcg::Settings* settings, bool fresh, bool one_by_one,        \
-                              int count, T** w, T** d, T** h, T** g_prev, T** g,                  \
-                              T** preconditioned, T* ratios, T* sums, const int64_t* sizes,       \
-                              const double* weight_decays, const T* learning_rate, const T* loss, \
-                              T* reals, int64_t* counts) {                                        \
-    return Update<T>(settings, fresh, one_by_one, count, w, d, h, g_prev, g, preconditioned,      \
-                     ratios, sums, sizes, weight_decays, learning_rate, loss, reals, counts);     \
+#define NLCG_EXPORT(T, name)                                                                       \
+  extern "C" const char* name(                                                                     \
+      const nlcg::Settings* settings, bool fresh, bool one_by_one, int count, T** w, T** d, T** h, \
+      T** g_prev, T** g, T** preconditioned, T* ratios, T* sums, const int64_t* sizes,             \
+      const double* weight_decays, const T* given, T* reals, int64_t* counts) {                    \
+    return Update<T>(settings, fresh, one_by_one, count, w, d, h, g_prev, g, preconditioned,       \
+                     ratios, sums, sizes, weight_decays, given, reals, counts);                    \
   }
 NLCG_EXPORT(float, nlcg_update_float32)
 NLCG_EXPORT(double, nlcg_update_float64)

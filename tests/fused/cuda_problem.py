@@ -12,12 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.support.oracle import STEP_FACTORS
-
 ROOT = pathlib.Path(__file__).parents[2]
 RULES = ["fletcher_reeves", "polak_ribiere", "blended", "momentum"]
 PRECONDITIONERS = [None, "bfgs", "normalized_bfgs", "given"]
-LINE_SEARCHES = [None, "online", "step"]
 # As in reference.py, which cannot be imported where there is no TensorFlow.
 REALS = ["delta", "step_size", "beta", "curvature", "cosine", "gain_ratio", "preconditioner_mean"]
 REALS += [
@@ -33,7 +30,7 @@ REALS += ["mean_update_norm", "clip_factor"]
 class Variant(NamedTuple):
     preconditioner: str | None = "bfgs"
     nesterov: bool = False
-    line_search: str | None = None
+    scale: float | None = None  # that of a line search
     lars: float = 0.0
     decay: float = 0.0
     one_by_one: bool = False  # a call for each sweep
@@ -47,37 +44,21 @@ class Settings(ctypes.Structure):
     """nlcg::Settings."""
 
     _fields_ = [
-        *_fields(ctypes.c_int, "preconditioner", "rule", "line_search"),
+        *_fields(ctypes.c_int, "preconditioner", "rule", "searched"),
         *_fields(ctypes.c_bool, "nesterov"),
         *_fields(ctypes.c_double, "epsilon", "lars_coefficient", "momentum", "decay"),
-        *_fields(ctypes.c_double, "decrease_threshold", "increase_threshold", "decrease_factor"),
-        *_fields(ctypes.c_int, "period", "limit_count"),
-        *_fields(ctypes.c_double, "smoothing"),
-        *_fields(ctypes.c_double * 16, "limits", "factors"),
-        *_fields(ctypes.c_double, "increase_factor", "minimum_scale"),
     ]
 
     def __init__(self, rule, variant):
-        limits, factors = zip(*STEP_FACTORS)
         super().__init__(
             preconditioner=PRECONDITIONERS.index(variant.preconditioner),
             nesterov=variant.nesterov,
             momentum=0.9,
             decay=0.99 if variant.preconditioner == "normalized_bfgs" else 1,
             rule=RULES.index(rule),
-            line_search=LINE_SEARCHES.index(variant.line_search),
+            searched=0 if variant.scale is None else 2,
             epsilon=1e-8,
             lars_coefficient=variant.lars,
-            decrease_threshold=0.02,
-            increase_threshold=0.01,
-            decrease_factor=0.975,
-            period=5,
-            limit_count=len(STEP_FACTORS),
-            smoothing=0.7,
-            limits=limits,
-            factors=factors,
-            increase_factor=1.05 if variant.line_search == "step" else 1.025,
-            minimum_scale=1e-4,
         )
 
 
@@ -131,10 +112,10 @@ class Problem:
         self.h = [device.put(np.ones(n, dtype)) for n in sizes]
         self.sums = device.put(np.full(4 * len(sizes), -1, dtype))
         self.ratios = device.put(np.ones(len(sizes), dtype))
-        searched = [1, 0, 0][: [0, 2, 3][LINE_SEARCHES.index(variant.line_search)]]
-        self.reals = device.put(np.array([*[0] * len(REALS), *searched], dtype))
+        self.scale, searched = variant.scale, 0 if variant.scale is None else 2
+        self.reals = device.put(np.zeros(len(REALS) + searched, dtype))
         self.counts = device.put(np.zeros(4, np.int64))
-        self.rate, self.loss = (device.put(np.zeros(1, dtype)) for _ in range(2))
+        self.given = device.put(np.zeros(3 + searched, dtype))
         self.decays = variant.decay * (1 + np.arange(len(sizes)) % 3)
         assert library.nlcg_settings_bytes() == ctypes.sizeof(Settings)
         self.settings = Settings(rule, variant)
@@ -155,15 +136,18 @@ class Problem:
             pointer(self.sums),
             (ctypes.c_int64 * len(self.sizes))(*self.sizes),
             (ctypes.c_double * len(self.sizes))(*self.decays),
-            *map(pointer, (self.rate, self.loss, self.reals, self.counts)),
+            *map(pointer, (self.given, self.reals, self.counts)),
         )
         assert not error, error.decode()
 
     def set(self, gradient, rate, loss):
         parts = np.split(gradient, np.cumsum(self.sizes)[:-1])
         given = np.split(precondition(gradient), np.cumsum(self.sizes)[:-1])
-        targets = [*self.g, *self.preconditioned, self.rate, self.loss]
-        for target, value in zip(targets, [*parts, *given, [rate], [loss]]):
+        scalars = [rate, rate, loss if self.settings.rule == RULES.index("blended") else 0]
+        if self.scale is not None:
+            scalars = [rate, rate * self.scale, loss, self.scale, loss]
+        targets = [*self.g, *self.preconditioned, self.given]
+        for target, value in zip(targets, [*parts, *given, scalars]):
             target[...] = self.device.put(np.asarray(value, self.dtype))
 
     def weights(self):

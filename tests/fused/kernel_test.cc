@@ -56,11 +56,10 @@ void SetGradients(const std::vector<std::vector<T>>& w, Buffers<T>* b) {
 
 // `adopt`: the caller makes g the next g_prev, as the op does with a gradient that nobody else holds.
 template <typename T>
-void UpdateOnThreads(const Settings& settings, double rate, double loss, int threads, bool adopt,
+void UpdateOnThreads(const Settings& settings, const std::vector<T>& given, int threads, bool adopt,
                      Buffers<T>* b) {
-  b->reals[nlcg::kScale] = settings.line_search ? b->reals[nlcg::kScale] : T(1);
-  CHECK(nlcg::UpdateOnCpu<T>(settings, b->Variables(settings, adopt), T(rate), T(loss),
-                             b->reals.data(), b->counts.data(), Threads(threads)));
+  CHECK(nlcg::UpdateOnCpu<T>(settings, b->Variables(settings, adopt), given.data(), b->reals.data(),
+                             b->counts.data(), Threads(threads)));
   if (!adopt || !nlcg::KeepsGradient(settings)) return;
   for (size_t v = 0; v < b->g.size(); ++v) {
     std::copy(b->g[v].begin() + b->offset, b->g[v].end(), b->g_prev[v].begin() + b->offset);
@@ -69,7 +68,7 @@ void UpdateOnThreads(const Settings& settings, double rate, double loss, int thr
 
 // The same by two workers of which each has half of each variable, a sweep at a time.
 template <typename T>
-void UpdateInHalves(const Settings& settings, double rate, double loss, Buffers<T>* b) {
+void UpdateInHalves(const Settings& settings, const std::vector<T>& given, Buffers<T>* b) {
   std::vector<nlcg::Variable<T>> halves[2];
   double elements = 0;
   for (nlcg::Variable<T> v : b->Variables(settings, false)) {
@@ -84,7 +83,6 @@ void UpdateInHalves(const Settings& settings, double rate, double loss, Buffers<
     halves[0].push_back(v);
     halves[1].push_back(rest);
   }
-  if (settings.line_search == nlcg::kNoLineSearch) b->reals[nlcg::kScale] = 1;
   auto reals = b->reals;
   auto counts = b->counts;
   nlcg::Sums known[3] = {}, sums = {};
@@ -96,7 +94,7 @@ void UpdateInHalves(const Settings& settings, double rate, double loss, Buffers<
        ++portion.sweep) {
     for (int i = 0; i < 2; ++i) {
       const bool done = nlcg::UpdateOnCpu<T>(
-          settings, halves[i], T(rate), T(loss), i == 0 ? b->reals.data() : reals.data(),
+          settings, halves[i], given.data(), i == 0 ? b->reals.data() : reals.data(),
           i == 0 ? b->counts.data() : counts.data(), Threads(2), portion);
       CHECK(done == (portion.sweep == nlcg::kSweepStep));
       for (int j = 0; j < nlcg::kSums; ++j) known[portion.sweep].values[j] += sums.values[j];
@@ -133,15 +131,15 @@ void CheckSkips(const Settings& settings, Buffers<T>* b) {
   while (v < b->g.size() && b->g[v].size() == size_t(b->offset)) ++v;
   if (v == b->g.size()) return;
   for (double bad : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
-    for (int where = 0; where < 2; ++where) {
-      if (where == 1 && !nlcg::UsesLoss(settings)) continue;
+    for (int where = 0; where < 3; ++where) {
+      std::vector<T> given = {T(0.05), T(0.04), T(1), T(0.8), T(1)};
+      if (where > 0) given[where] = T(bad);
       T& element = b->g[v].back();
       const T good = element;
       if (where == 0) element = T(bad);
       std::vector<T> before = b->All();
-      const bool done = nlcg::UpdateOnCpu<T>(settings, b->Variables(settings, false), T(0.05),
-                                             T(where == 1 ? bad : 1.0), b->reals.data(),
-                                             b->counts.data(), Threads(2));
+      const bool done = nlcg::UpdateOnCpu<T>(settings, b->Variables(settings, false), given.data(),
+                                             b->reals.data(), b->counts.data(), Threads(2));
       CHECK(!done);
       std::vector<T> after = b->All();
       before.resize(before.size() - 4);
@@ -163,20 +161,21 @@ void Run(const Settings& settings, const std::vector<int64_t>& sizes, int offset
   }
   const int threads[] = {1, 2, 7};
   for (int update = 0; update < kUpdates; ++update) {
-    const double loss = 2 + Random(), rate = 0.05;
+    const T loss = T(2 + Random());
+    const std::vector<T> given = {T(0.05), T(0.04), loss, T(0.8), loss};
     const uint32_t gradients = random_state;
     SetGradients(expected.w, &expected);
     for (int i = 0; i < 4; ++i) {
       random_state = gradients;
       SetGradients(expected.w, &actual[i]);
-      if (i < 3) UpdateOnThreads(settings, rate, loss, threads[i], adopt, &actual[i]);
+      if (i < 3) UpdateOnThreads(settings, given, threads[i], adopt, &actual[i]);
     }
-    Reference<T>(settings, &expected, rate, loss).Update();
+    Reference<T>(settings, &expected, given).Update();
     CheckSameBits(actual[0], actual[1]);  // for any number of threads
     CheckSameBits(actual[0], actual[2]);
     CheckAgreement(actual[0], expected);
     if (settings.lars_coefficient > 0) continue;  // needs whole variables
-    UpdateInHalves(settings, rate, loss, &actual[3]);
+    UpdateInHalves(settings, given, &actual[3]);
     CheckAgreement(actual[3], expected);
   }
   CheckSkips(settings, &actual[0]);
@@ -186,11 +185,6 @@ template <typename T>
 void RunAll() {
   Settings settings = {};
   settings.epsilon = 1e-8;
-  settings.decrease_threshold = 0.02;
-  settings.increase_threshold = 0.01;
-  settings.decrease_factor = 0.975;
-  settings.increase_factor = 1.025;
-  settings.minimum_scale = 1e-4;
 #ifdef __SANITIZE_THREAD__
   const std::vector<std::vector<int64_t>> shapes = {{63, 64, 65}, {0, 40000, 3}, {70001}};
 #else
@@ -209,7 +203,7 @@ void RunAll() {
           settings.decay = preconditioner == nlcg::kBfgs ? 1 : 0.99;
           settings.nesterov = nesterov;
           settings.lars_coefficient = lars;
-          settings.line_search = number++ % 2 ? nlcg::kOnline : nlcg::kNoLineSearch;
+          settings.searched = number++ % 2 ? kSearched : 0;
           for (const auto& sizes : shapes) {
             for (int offset : {0, 1}) Run<T>(settings, sizes, offset, offset == 1);
           }
@@ -258,7 +252,8 @@ void RunLarge() {
   LongArray w, d, h, g_prev, g;
   std::fill(h.p, h.p + LongArray::kBlock, 1.0f);
   Buffers<float> small({LongArray::kBlock}, 0);
-  float reals[nlcg::kComparedLoss + 1] = {}, sums[4] = {0, 0, -1, 0};
+  const float given[] = {0.05f, 0.05f, 1};
+  float reals[nlcg::kReals] = {}, sums[4] = {0, 0, -1, 0};
   int64_t counts[4] = {};
   for (int update = 0; update < 3; ++update) {
     for (int64_t i = 0; i < LongArray::kBlock; ++i) {
@@ -270,8 +265,8 @@ void RunLarge() {
     }
     const nlcg::Variable<float> v = {w.p,     d.p,     h.p,  g_prev.p,         g_prev.p, g.p,
                                      nullptr, nullptr, sums, LongArray::kSize, 0.0};
-    CHECK(nlcg::UpdateOnCpu<float>(settings, {v}, 0.05f, 1, reals, counts, Threads(2)));
-    CHECK(nlcg::UpdateOnCpu<float>(settings, small.Variables(settings, false), 0.05f, 1,
+    CHECK(nlcg::UpdateOnCpu<float>(settings, {v}, given, reals, counts, Threads(2)));
+    CHECK(nlcg::UpdateOnCpu<float>(settings, small.Variables(settings, false), given,
                                    small.reals.data(), small.counts.data(), Threads(2)));
     const auto same = [](const std::vector<float>& a, const float* b) {
       return std::memcmp(a.data(), b, a.size() * sizeof(float)) == 0;

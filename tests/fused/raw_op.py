@@ -6,7 +6,8 @@ import tensorflow as tf
 from nlcg_tf.reference import REALS
 
 SHAPES = [(3, 4), (), (0,), (7,)]
-LENGTH = len(REALS) + 2  # of the vector of scalars with the online line search
+SEARCHED = 2  # scalars of a line search
+LENGTH = len(REALS) + SEARCHED
 
 
 class Call:
@@ -45,8 +46,7 @@ class Call:
             "curvature_sums": [v.handle for v in self.sums],
             "gradients": [tf.constant(rng.normal(size=shape), dtype) for shape in SHAPES],
             "preconditioned": [tf.constant(rng.normal(size=shape), dtype) for shape in given],
-            "learning_rate": tf.constant(0.1, dtype),
-            "loss": tf.constant(1.0, dtype),
+            "given": tf.constant([0.1, 0.05, 1.0, 0.5, 1.0], dtype),
             "settings": _settings(1e-8, lars),
             "weight_decays": tf.zeros(len(SHAPES), tf.float64),
             "known_sums": [],
@@ -54,7 +54,6 @@ class Call:
             "positions": list(range(len(SHAPES))),
             "update_rule": update_rule,
             "nesterov": nesterov,
-            "line_search": "online",
         }
 
     def run(self, library, graph=False):
@@ -74,8 +73,7 @@ class Call:
 
 
 def _settings(epsilon=1e-8, lars=0.0, momentum=0.9, decay=0.99):
-    search = [1.025, 1e-4, 0.02, 0.01, 0.975]
-    return tf.constant([epsilon, lars, momentum, decay, *search], tf.float64)
+    return tf.constant([epsilon, lars, momentum, decay], tf.float64)
 
 
 def _set(name, value):
@@ -175,11 +173,14 @@ SPOILERS = {
     "P g that the op computes itself": _set("preconditioned", lambda c: c.arguments["gradients"]),
     "slots of another rule": _set("preconditioner", "none"),
     "unknown preconditioner": _set("preconditioner", "adam"),
-    "vector learning rate": _set("learning_rate", tf.zeros(2)),
-    "empty learning rate": _set("learning_rate", tf.zeros(0)),
-    "vector loss": _set("loss", tf.zeros(1)),
+    "no rate and no loss": _set("given", tf.zeros(0)),
+    "a rate without a loss": _set("given", tf.zeros(2)),
+    "a scalar for rates and loss": _set("given", tf.constant(0.1)),
+    "rates and loss of another type": _set("given", tf.zeros(5, tf.float64)),
+    "another line search than the reals have": _set("given", tf.zeros(4)),
+    "a line search of thousands": _set("given", tf.zeros(5000)),
     "no settings": _set("settings", tf.zeros(0, tf.float64)),
-    "short settings": _set("settings", tf.constant([1e-8, 0.0, 0.9, 0.99], tf.float64)),
+    "short settings": _set("settings", tf.constant([1e-8, 0.0, 0.9], tf.float64)),
     "scalar settings": _set("settings", tf.constant(1e-8, tf.float64)),
     "settings with NaN": _set("settings", _settings(np.nan)),
     "epsilon zero": _set("settings", _settings(0.0)),
@@ -187,8 +188,8 @@ SPOILERS = {
     "momentum one": _set("settings", _settings(momentum=1.0)),
     "decay zero": _set("settings", _settings(decay=0.0)),
     "decay above one": _set("settings", _settings(decay=1.01)),
-    "settings of another line search": _set("line_search", "step"),
-    "unknown line search": _set("line_search", "armijo"),
+    "long settings": _set("settings", tf.constant([1e-8, 0, 0.9, 0.99, 1], tf.float64)),
+    "infinite coefficient": _set("settings", _settings(lars=np.inf)),
     "unknown rule": _set("update_rule", "newton"),
     "too few weight decays": _set("weight_decays", tf.zeros(3, tf.float64)),
     "matrix of weight decays": _set("weight_decays", tf.zeros((4, 1), tf.float64)),
@@ -276,7 +277,8 @@ def fuzz(library, calls, seed):
             gradients = list(good["gradients"])
             gradients[index] = tf.fill(SHAPES[index], tf.cast(rng.choice(values), dtype))
             call.arguments["gradients"] = gradients
-            call.arguments["loss"] = tf.cast(rng.choice(values), dtype)
+            rate, loss = 10.0 ** rng.integers(-3, 3), rng.choice(values)
+            call.arguments["given"] = tf.constant([rate, rate, loss, 0.5, 1.0], dtype)
         for _ in range(rng.integers(3)):
             name = rng.choice(list(spoilers))
             try:

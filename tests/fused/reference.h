@@ -15,6 +15,8 @@ inline double Random() {  // in [-1, 1)
   return (random_state >> 8) / 8388608.0 - 1.0;
 }
 
+constexpr int kSearched = 2;
+
 // Exactly as many bytes as there are elements, so that the sanitizer sees a step beyond; `offset`
 // elements make the pointers unaligned to vectors.
 template <typename T>
@@ -37,8 +39,7 @@ struct Buffers {
     }
     ratios.assign(sizes.size(), T(1));
     sums.assign(4 * sizes.size(), T(-1));
-    reals.assign(nlcg::kComparedLoss + 1, T(0));
-    reals[nlcg::kScale] = 1;
+    reals.assign(nlcg::kReals + kSearched, T(0));
     counts.assign(4, 0);
   }
 
@@ -79,15 +80,19 @@ struct Buffers {
 template <typename T>
 class Reference {
  public:
-  Reference(const nlcg::Settings& settings, Buffers<T>* buffers, double rate, double loss)
-      : s(settings), b(buffers), reals(buffers->reals.data()), rate(rate), loss(loss) {
+  Reference(const nlcg::Settings& settings, Buffers<T>* buffers, const std::vector<T>& given)
+      : s(settings),
+        b(buffers),
+        reals(buffers->reals.data()),
+        given(given),
+        rate(given[0]),
+        loss(given[2]) {
     first = b->counts[nlcg::kUpdates] == 0;
     bfgs = nlcg::UsesBfgs(s);
     scaled = s.preconditioner == nlcg::kNormalizedBfgs;
     scale_prev = scaled ? reals[nlcg::kMean] : 1;
     beta_prev = reals[nlcg::kBeta];
     cap_prev = reals[nlcg::kClipFactor];
-    search = reals[nlcg::kScale];
     ahead_prev = s.nesterov ? 1 - reals[nlcg::kGainRatio] : 0;
   }
 
@@ -96,8 +101,7 @@ class Reference {
     if (s.rule == nlcg::kBlended) MeasureGainRatio();
     UpdateDiagonal();
     FindBeta();
-    if (s.line_search == nlcg::kOnline) SearchOnline();
-    alpha = factor * rate * (s.line_search == nlcg::kNoLineSearch ? 1 : search);
+    alpha = factor * given[1];
     if (s.rule == nlcg::kBlended) CapLength();
     for (size_t v = 0; v < b->w.size(); ++v) Step(v);
     WriteScalars();
@@ -187,17 +191,6 @@ class Reference {
     if (s.rule == nlcg::kMomentum) beta = s.momentum;
   }
 
-  void SearchOnline() {
-    const double previous = reals[nlcg::kLoss];
-    if (!first && loss > previous + s.decrease_threshold * std::abs(previous)) {
-      search = std::fmax(search * s.decrease_factor, s.minimum_scale);
-    } else if (!first && loss < previous + s.increase_threshold * std::abs(previous)) {
-      search = std::fmin(search * s.increase_factor, 1);
-    }
-    reals[nlcg::kScale] = T(search);
-    reals[nlcg::kLoss] = T(loss);
-  }
-
   // The direction d, and what the look-ahead makes of it.
   struct Moved {
     double d, step;
@@ -256,6 +249,7 @@ class Reference {
     reals[nlcg::kGainRatio] = T(gain_ratio);
     reals[nlcg::kMean] = T(mean);
     reals[nlcg::kClipFactor] = T(cap);
+    for (int i = 0; i < s.searched; ++i) reals[nlcg::kReals + i] = given[3 + i];
     b->counts[nlcg::kUpdates] += 1;
     b->counts[nlcg::kRejected] += bfgs && !first && !accepted;
     b->counts[nlcg::kLastApplied] = 1;
@@ -264,9 +258,10 @@ class Reference {
   const nlcg::Settings& s;
   Buffers<T>* const b;
   T* const reals;
+  const std::vector<T> given;
   const double rate, loss;
   bool first, bfgs, scaled, accepted = false;
-  double scale_prev, beta_prev, cap_prev, ahead_prev, search;
+  double scale_prev, beta_prev, cap_prev, ahead_prev;
   double elements = 0, ys = 0, shs = 0, mid = 0, slope = 0, old_slope = 0, gg = 0;
   double fresh = 0, inverses = 0, gd = 0, dd = 0;
   double gain_ratio = 0, factor = 1, mean = 1, scale = 1, beta = 0, alpha = 0, cap = 1;

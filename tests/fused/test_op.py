@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import nlcg_tf
 from nlcg_tf import NLCG, fused
 from nlcg_tf.fused import nlcg_update
 from tests.fused.raw_op import GIVEN_SPOILERS, LARS_SPOILERS, SPOILERS, Call, fuzz
@@ -112,24 +111,20 @@ def path_of(caplog, train):
 def test_each_situation_takes_its_path(fused_library, mirrored, caplog):
     x, y = regression_data()
 
-    def fit(dtype=None, strategy=None, line_search="online", **arguments):
+    def fit(dtype=None, strategy=None, **arguments):
         def train():
             with (strategy or tf.distribute.get_strategy()).scope():
                 model = regression_model(dtype=dtype)
-                optimizer = NLCG(0.01, line_search=line_search)
+                optimizer = NLCG(0.01, line_search="online")
                 model.compile(optimizer=optimizer, loss="mse", **arguments)
             model.fit(x, y, verbose=0)
 
         return path_of(caplog, train)
 
-    class Mine(nlcg_tf.line_search.OnlineLineSearch):
-        pass
-
     assert fit(jit_compile=False) == "NLCG update: fused op"
     assert fit(run_eagerly=True) == "NLCG update: fused op"
     assert "XLA" in fit(jit_compile=True)
     assert "bfloat16" in fit(dtype="bfloat16")
-    assert "line search" in fit(line_search=Mine())
     assert "strategy" in fit(strategy=mirrored)
 
 

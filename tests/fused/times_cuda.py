@@ -37,7 +37,7 @@ def reference_call(rule, variant, size):
         return None  # Keras computes most of it
     weights = keras.Variable(np.ones(size, np.float32))
     settings = {"nesterov": variant.nesterov, "fused": False}
-    optimizer = nlcg_tf.NLCG(1e-4, rule, variant.preconditioner, variant.line_search, **settings)
+    optimizer = nlcg_tf.NLCG(1e-4, rule, variant.preconditioner, **settings)
     optimizer.build([weights])
 
     def update(weights, state, gradient):
