@@ -18,7 +18,7 @@ def tell_inner_optimizers():
     for cls in classes:
         classes += cls.__subclasses__()
         original = vars(cls).get("scale_loss")
-        if original is not None and not hasattr(original, "tells_inner_optimizers"):
+        if original is not None and not hasattr(original, "tellsinner_optimizers"):
             cls.scale_loss = _telling(original)
 
 
@@ -28,16 +28,16 @@ def _telling(original):
         scaled = original(self, loss)
         if not hasattr(self, "observe_loss"):
             # Last: a wrapper may have told them a loss that it had scaled.
-            for optimizer in _inner_optimizers(self):
+            for optimizer in inner_optimizers(self):
                 if hasattr(optimizer, "observe_loss"):
                     optimizer.observe_loss(loss)
         return scaled
 
-    scale_loss.tells_inner_optimizers = True
+    scale_loss.tellsinner_optimizers = True
     return scale_loss
 
 
-def _inner_optimizers(optimizer):
+def inner_optimizers(optimizer):
     """The optimizers that another holds, alone or in lists and dicts, and what these hold."""
     found, seen, waiting = [], {id(optimizer)}, [vars(optimizer)]
     for value in waiting:

@@ -146,11 +146,16 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         """Creates the slots and scalars.
 
         Raises:
-            ValueError: for a variable of integers or complex numbers, and for one that stands twice
-                in the list, by name; and for a state of the preconditioner that does not fit.
+            ValueError: for what is no variable, one of integers or complex numbers, and one that
+                stands twice in the list, by name; and for a state of the preconditioner that does
+                not fit.
         """
         if self.built:
             return
+        var_list = list(var_list)
+        for v in var_list:
+            if not hasattr(v, "assign") or not hasattr(v, "dtype"):
+                raise ValueError(f"NLCG updates variables. Received: {v!r} of type {type(v)}")
         _check_distinct(var_list)
         for v in var_list:
             if "float" not in keras.backend.standardize_dtype(v.dtype):
@@ -247,6 +252,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         _check_distinct(trainable_variables)
+        _check_gradients(grads, trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
         weight_decays = [
             self.weight_decay if self.weight_decay and self._use_weight_decay(v) else 0.0
@@ -341,9 +347,25 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 def _check_distinct(variables):
     seen = set()
     for v in variables:
-        if id(v) in seen:
+        # A Keras variable on TensorFlow has one of TensorFlow's, which may be given too.
+        own = id(getattr(v, "_value", None) if isinstance(v, keras.Variable) else v)
+        if own in seen:
             raise ValueError(
                 f"Variable '{getattr(v, 'path', v.name)}' is given twice. The gradient of a weight "
                 "that is used in several places is one sum: give the variable once"
             )
-        seen.add(id(v))
+        seen.add(own)
+
+
+def _check_gradients(grads, variables):
+    if len(grads) != len(variables):
+        raise ValueError(f"Received {len(grads)} gradients of {len(variables)} variables")
+    for g, v in zip(grads, variables):
+        shape, dtype = getattr(g, "shape", v.shape), getattr(g, "dtype", v.dtype)
+        is_known = getattr(shape, "rank", 0) is not None and None not in tuple(shape)
+        is_complex = "complex" in keras.backend.standardize_dtype(dtype)
+        if is_complex or (is_known and tuple(shape) != tuple(v.shape)):
+            raise ValueError(
+                f"The gradient of variable '{getattr(v, 'path', v.name)}' must have the shape "
+                f"{tuple(v.shape)} and real numbers. Received: shape={shape}, dtype={dtype}"
+            )

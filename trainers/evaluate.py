@@ -86,7 +86,7 @@ def _parsed(argv):
     saved = pathlib.Path(FLAGS.checkpoint or "").resolve()
     for place in (saved, saved.parent.parent):
         if (place / folder.FLAGS).is_file():
-            importlib.import_module(_saved_flags(place)["trainer"])
+            _trainer(place)
             break
     FLAGS.unparse_flags()
     return FLAGS(argv)
@@ -100,14 +100,31 @@ def _saved_flags(place):
     return saved
 
 
+def _trainer(place):
+    """The module of the trainer that made the run in a folder; it defines flags."""
+    name = _saved_flags(place)["trainer"]
+    try:
+        module = importlib.import_module(name)
+        module.TASK  # noqa: B018
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise SystemExit(
+            f"error: the trainer {name!r} of {place / folder.FLAGS} cannot be imported: {error}. "
+            "Start this where the run was started, or set PYTHONPATH"
+        ) from None
+    return module
+
+
 def _task(place):
     """The task of the run in a folder, with its flags set as they were, and the class names."""
     saved = _saved_flags(place)
-    task = importlib.import_module(saved["trainer"]).TASK()
+    task = _trainer(place).TASK()
     task.classes = saved["classes"]  # known without the data
     for name, value in saved.items():
-        if name in FLAGS and not FLAGS[name].present:
-            FLAGS[name].value = value
+        if name in FLAGS and not FLAGS[name].present and value != FLAGS[name].value:
+            try:
+                FLAGS[name].value = value if value is None else FLAGS[name].parser.parse(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{place / folder.FLAGS}: --{name}={value}: {error}") from None
     keras.config.set_dtype_policy(FLAGS.dtype_policy)
     return task, saved.get("class_names")
 

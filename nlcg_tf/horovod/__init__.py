@@ -13,8 +13,6 @@ if keras.backend.backend() != "tensorflow":
     )
 try:
     from horovod.tensorflow import (
-        allgather_object,
-        broadcast_object,
         init,
         local_rank,
         local_size,
@@ -36,8 +34,10 @@ from nlcg_tf.horovod.callbacks import (
     WatchWorkers,
 )
 from nlcg_tf.horovod.collectives import (
+    allgather_object,
     average_moving_statistics,
     broadcast,
+    broadcast_object,
     check_identical,
     sum_metrics,
     sum_over_workers,

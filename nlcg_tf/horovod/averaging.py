@@ -1,15 +1,23 @@
 """Optimizers whose gradients are averaged over Horovod's workers."""
 
+import json
 import os
+import zlib
 
+import horovod.tensorflow as hvd
+import keras
 import tensorflow as tf
-from horovod.tensorflow import allgather_object
 from tensorflow.python.ops import control_flow_util
 
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.horovod.collectives import average, name_of
+from nlcg_tf.horovod.collectives import allgather_object, average, name_of
 from nlcg_tf.horovod.factors import share
+from nlcg_tf.loss_scaling import inner_optimizers
+from nlcg_tf.observed_loss import ObservesLoss
 from nlcg_tf.polar import shared_by
+
+# Those that come to `_clip_gradients` once an update, with gradients that nobody has used before.
+COMES_TO_THE_AVERAGE = (keras.optimizers.Optimizer.apply, ObservesLoss.apply)
 
 
 class Averaging(CountsUpdates):
@@ -17,26 +25,42 @@ class Averaging(CountsUpdates):
 
     def _clip_gradients(self, grads):
         # Keras comes here once an update, after accumulation and before clipping and the update.
-        return super()._clip_gradients(self._reduce(grads, self))
+        if not self._averages_first:
+            grads = self._reduce(grads)
+        return super()._clip_gradients(grads)
+
+    @property
+    def _averages_first(self):
+        """Whether the class has an `apply` of its own, which may use the gradients at once."""
+        return super().apply.__func__ not in COMES_TO_THE_AVERAGE
 
     def apply(self, grads, trainable_variables=None):
+        object.__setattr__(self, "_has_applied", True)
         grads = list(grads)
         self._compare(grads, trainable_variables)
         self._count_updates_without_average(self._without_average + 1)
+        if self._averages_first:
+            grads = self._reduce(grads)
         with shared_by(share):
-            self._apply_with_average(grads, trainable_variables)
+            super().apply(grads, trainable_variables)
         # A graph is traced with all that any of its calls may do.
         most = (self.gradient_accumulation_steps or 1) if tf.executing_eagerly() else 1
         if self._without_average >= most:
-            raise RuntimeError(
-                f"{type(self).__name__} has updated its variables without averaging the gradients "
-                "over the workers, which would train apart: its `apply` does not come to Keras' "
-                "`_clip_gradients`, as that of an optimizer that hands its gradients to others. "
-                "Distribute one that updates all variables itself."
-            )
+            raise self._train_apart("`apply`", "`_clip_gradients`")
 
-    def _apply_with_average(self, grads, trainable_variables):
-        super().apply(grads, trainable_variables)
+    def apply_gradients(self, grads_and_vars, **kwargs):
+        object.__setattr__(self, "_has_applied", False)
+        result = super().apply_gradients(grads_and_vars, **kwargs)
+        if not self._has_applied:
+            raise self._train_apart("`apply_gradients`", "`apply`")
+        return result
+
+    def _train_apart(self, method, place):
+        return RuntimeError(
+            f"The {method} of {type(self).__name__} has ended without the average of the gradients "
+            f"over the workers, which would train apart: it does not come to Keras' {place}. "
+            "Distribute an optimizer that updates all variables itself."
+        )
 
     def _count_updates_without_average(self, count):
         object.__setattr__(self, "_without_average", count)
@@ -48,6 +72,7 @@ class Averaging(CountsUpdates):
         """
         _check_context()
         if self._are_compared:
+            self._compare_again(grads)
             return
         variables = self._trainable_variables if variables is None else list(variables)
         for variable in variables:
@@ -59,23 +84,50 @@ class Averaging(CountsUpdates):
                 )
         if os.environ.get("HOROVOD_ELASTIC") == "1":
             return
-        own = [i for i, g in enumerate(grads) if g is not None]
         with tf.init_scope():  # what has a gradient is known while a graph is traced
-            first, *others = allgather_object(own)
+            settings, *others = allgather_object((self._settings(), list(map(_kind, grads))))
         for worker, found in enumerate(others, 1):
-            if odd := sorted(set(first) ^ set(found)):
-                has, lacks = (0, worker) if odd[0] in first else (worker, 0)
-                name = name_of(variables[odd[0]]) if odd[0] < len(variables) else odd[0]
-                raise ValueError(
-                    f"Variable '{name}' has a gradient on worker {has} and none on worker {lacks} "
-                    f"({len(odd)} such variables): they would wait for each other for ever."
-                )
+            _compare_settings(settings[0], found[0], worker)
+            _compare_kinds(settings[1], found[1], worker, variables)
         object.__setattr__(self, "_are_compared", True)
 
-    def _reduce(self, grads, optimizer):
+    def _compare_again(self, grads):
+        """Outside of graphs another variable may be without a gradient in each update."""
+        if not tf.executing_eagerly() or os.environ.get("HOROVOD_ELASTIC") == "1":
+            return
+        kinds = list(map(_kind, grads))
+        digest = tf.constant([zlib.crc32(json.dumps(kinds).encode())], tf.int64)
+        if len(set(hvd.allgather(digest, name="Horovod_kinds").numpy())) > 1:
+            first, *others = allgather_object(kinds)
+            for worker, found in enumerate(others, 1):
+                _compare_kinds(first, found, worker, self._trainable_variables)
+
+    def _settings(self):
+        """All that must be equal, by names, as texts."""
+        try:
+            config = self.get_config()
+        except Exception:  # of a class that nobody saves
+            config = {}
+        base = type(self).__mro__[1].__name__
+        config |= {
+            "class": type(self).__name__,
+            "shard": base,
+            "compression": str(self._wire_dtype),
+        }
+        config |= {"average_with": len(self._average_with)}
+        config.pop("name", None)
+        texts = {}
+        for name, value in config.items():
+            try:
+                texts[name] = json.dumps(_without_names(value))
+            except (TypeError, ValueError):
+                pass  # whatever its text is, it may differ where the value does not
+        return texts
+
+    def _reduce(self, grads):
         self._count_updates_without_average(0)
         dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
-        extra = self._averaged_scalars(optimizer)
+        extra = self._averaged_scalars()
         averages = average(
             [*(self._compress(g) for g in dense), *(tf.convert_to_tensor(x) for x in extra)]
         )
@@ -84,10 +136,12 @@ class Averaging(CountsUpdates):
         averages = iter([tf.cast(x, g.dtype) for x, g in zip(averages, dense)])
         return [None if g is None else next(averages) for g in grads]
 
-    def _averaged_scalars(self, optimizer):
-        # Only NLCG has a loss to average, and only where its settings need one.
-        loss = getattr(optimizer, "update_loss", None)
-        return [*self._average_with, *([] if loss is None else [loss])]
+    def _averaged_scalars(self):
+        """What the caller wants, and the losses of this optimizer and of all inside of it."""
+        name = "observed_loss" if self._averages_first else "update_loss"
+        losses = [getattr(self, name, None)]
+        losses += [getattr(inner, "observed_loss", None) for inner in inner_optimizers(self)]
+        return [*self._average_with, *(loss for loss in losses if loss is not None)]
 
     def _compress(self, gradient):
         if self._wire_dtype is None or gradient.dtype != tf.float32:
@@ -104,11 +158,44 @@ class Averaging(CountsUpdates):
         super().__setattr__(name, value)
 
 
-class AveragingLossScale(Averaging):
-    """Averages before the gradients are checked, so that all workers skip the same updates."""
+def _without_names(value):
+    """A part of a config without the names, which Keras counts up in each process for itself."""
+    if isinstance(value, dict):
+        return {key: _without_names(x) for key, x in value.items() if key != "name"}
+    return [_without_names(x) for x in value] if isinstance(value, list) else value
 
-    def _apply_with_average(self, grads, trainable_variables):
-        super()._apply_with_average(self._reduce(grads, self.inner_optimizer), trainable_variables)
+
+def _kind(gradient):
+    """What of a gradient must be the same on all workers, as a text; `None` without a gradient."""
+    if gradient is None:
+        return None
+    if not hasattr(gradient, "dtype"):
+        gradient = tf.convert_to_tensor(gradient)
+    return f"{tf.as_dtype(gradient.dtype).name} {gradient.shape}"
+
+
+def _compare_settings(first, found, worker):
+    for name in sorted(first.keys() & found.keys()):
+        if first[name] != found[name]:
+            raise ValueError(
+                f"The workers' optimizers differ in `{name}`: {first[name]} on worker 0, "
+                f"{found[name]} on worker {worker}. Give all the same."
+            )
+
+
+def _compare_kinds(first, found, worker, variables):
+    odd = [i for i, (one, other) in enumerate(zip(first, found)) if one != other]
+    if len(first) != len(found):
+        odd.append(min(len(first), len(found)))
+    if not odd:
+        return
+    kinds = [kinds[odd[0]] if odd[0] < len(kinds) else None for kinds in (first, found)]
+    words = ["none" if kind is None else f"a gradient of {kind}" for kind in kinds]
+    name = name_of(variables[odd[0]]) if odd[0] < len(variables) else odd[0]
+    raise ValueError(
+        f"Variable '{name}' has {words[0]} on worker 0 and {words[1]} on worker {worker} "
+        f"({len(odd)} such variables): they would wait for each other for ever."
+    )
 
 
 def _check_context():

@@ -14,15 +14,18 @@ from nlcg_tf.horovod.collectives import (
     sum_metrics,
 )
 from nlcg_tf.horovod.sharding import AgreeingLossScale
-from nlcg_tf.horovod.watch import A_STEP, Watch, entering
+from nlcg_tf.horovod.watch import A_STEP, Watch, entering, warning_after
 
 
 class BroadcastVariables(keras.callbacks.Callback):
     """Starts all workers from the model and optimizer state of worker `root_rank`.
 
+    Compares the weights of all workers after the first update.
+
     Raises:
         ValueError: when training begins, if the model is not built yet; on all workers, if a
             sharded optimizer's saved state was not loaded on all of them.
+        RuntimeError: on all workers after the first update, if a weight differs.
     """
 
     def __init__(self, root_rank: int = 0) -> None:
@@ -47,10 +50,19 @@ class BroadcastVariables(keras.callbacks.Callback):
             optimizer.build(self.model.trainable_variables)
         variables = [*self.model.variables, *optimizer.variables]
         if len(shared(variables)) < len(variables):
-            self._check_parts(optimizer)
+            self._check_shards(optimizer)
         broadcast(variables, self.root_rank)
+        self._start = int(keras.ops.convert_to_numpy(optimizer.iterations))
 
-    def _check_parts(self, optimizer):
+    def on_train_batch_end(self, batch, logs=None):
+        # Once: an optimizer, or a train step, that averages nothing shows in its first update.
+        if self._start is None:
+            return
+        if int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) > self._start:
+            self._start = None
+            check_identical(self.model.trainable_variables)
+
+    def _check_shards(self, optimizer):
         """What a sharded optimizer has on a worker cannot be made up for by another."""
         counts = hvd.allgather_object(int(keras.ops.convert_to_numpy(optimizer.iterations)))
         if len(set(counts)) > 1:
@@ -84,15 +96,19 @@ class WatchWorkers(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         self._close()  # the watch of a training that was interrupted: Keras does not tell
         steps = getattr(self.model.optimizer, "gradient_accumulation_steps", None)
-        _compare(
-            {
-                "number of epochs": self.params.get("epochs"),
-                "number of steps in an epoch": self.params.get("steps"),
-                "`steps_per_execution`": self.model.steps_per_execution,
-                "`gradient_accumulation_steps`": steps or 1,
-            }
-        )
-        self._watch = Watch(self.seconds).__enter__()
+        with warning_after(
+            self.seconds,
+            "the others have not begun `fit`, or have no WatchWorkers as their first callback",
+        ):
+            _compare(
+                {
+                    "number of epochs": self.params.get("epochs"),
+                    "number of steps in an epoch": self.params.get("steps"),
+                    "`steps_per_execution`": self.model.steps_per_execution,
+                    "`gradient_accumulation_steps`": steps or 1,
+                }
+            )
+            self._watch = Watch(self.seconds).__enter__()
 
     def on_epoch_begin(self, epoch, logs=None):
         with entering("for the next epoch"):

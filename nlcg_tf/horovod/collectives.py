@@ -12,6 +12,18 @@ import tensorflow as tf
 
 from nlcg_tf.horovod.watch import entering
 
+# What Horovod's own operations know.
+NUMBERS: tuple[Any, ...] = (
+    tf.float16,
+    tf.float32,
+    tf.float64,
+    tf.bool,
+    tf.uint8,
+    tf.int8,
+    tf.uint16,
+    tf.int16,
+)
+NUMBERS += (tf.int32, tf.int64)
 # What stands for numbers that Horovod does not know.
 WORDS = {tf.bfloat16: tf.uint16, tf.complex64: tf.float32, tf.complex128: tf.float64}
 WORDS |= {tf.uint32: tf.int32, tf.uint64: tf.int64}
@@ -27,8 +39,11 @@ def average(tensors: Sequence[Any]) -> list[Any]:
             group = _average_bfloat16(group)
         else:
             # The word Horovod in the names tells `elastic_run` whose errors it sees.
-            name = f"Horovod_average_{dtype.name}"
-            group = hvd.grouped_allreduce(group, op=hvd.Average, name=name)
+            name, mean = f"Horovod_average_{dtype.name}", {"op": hvd.Average}
+            if dtype == tf.float16:
+                # The sum of many may be beyond float16 where the mean is not.
+                group, mean = [x / hvd.size() for x in group], {"op": hvd.Sum}
+            group = hvd.grouped_allreduce(group, **mean, name=name)
         for i, x in zip(places, group):
             averages[i] = x
     return averages
@@ -108,11 +123,26 @@ def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
     """
     variables = plain(shared(variables))
     with entering("in a broadcast"):
-        hvd.broadcast_variables([v for v in variables if v.dtype not in WORDS], root_rank)
         for i, v in enumerate(variables):
-            if v.dtype in WORDS:
-                words = hvd.broadcast(_words(v), root_rank, name=f"Horovod_broadcast_{i}")
+            # Not by the variables' names, which Keras counts up in each process for itself.
+            name = f"Horovod_broadcast_{i}"
+            if v.dtype in NUMBERS or v.dtype in WORDS:
+                words = hvd.broadcast(_words(v.read_value()), root_rank, name=name)
                 v.assign(_numbers(words, v.dtype))
+            else:  # texts, quantized numbers
+                v.assign(hvd.broadcast_object(v.numpy(), root_rank, name=name))
+
+
+def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
+    """Gathers an object that can be pickled from each worker: a list, by ranks."""
+    with entering("in allgather_object"):
+        return hvd.allgather_object(obj, name=name)
+
+
+def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:
+    """Gives all workers the object of worker `root_rank`, which must be one that can be pickled."""
+    with entering("in broadcast_object"):
+        return hvd.broadcast_object(obj, root_rank, name=name)
 
 
 def shared(variables):
@@ -193,7 +223,7 @@ def check_identical(variables: Sequence[Any]) -> None:
         RuntimeError: on every worker, naming the first variable that differs.
     """
     variables = shared(variables)
-    digests = [hashlib.sha256(np.asarray(v).tobytes()).digest()[:8] for v in variables]
+    digests = [hashlib.sha256(_bytes(np.asarray(v))).digest()[:8] for v in variables]
     own = np.frombuffer(b"".join(digests), np.int64)
     with entering("in a comparison of variables"):
         all_digests = hvd.allgather(tf.constant(own[None]), name="Horovod_check").numpy()
@@ -207,6 +237,11 @@ def check_identical(variables: Sequence[Any]) -> None:
             "variables differ). Broadcast all variables first, average every gradient, and give "
             "all workers the same learning rates."
         )
+
+
+def _bytes(array):
+    # The elements of an array of texts are addresses.
+    return repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
 
 
 def name_of(variable):

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from nlcg_tf.horovod.averaging import Averaging, AveragingLossScale
+from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.sharding import AgreeingLossScale, Sharded, why_not
 
 COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
@@ -23,7 +23,9 @@ def DistributedOptimizer(
     The gradients, and with them the loss that NLCG's line search observes, are averaged in one
     grouped all-reduce for each update, before they are clipped. Under
     `gradient_accumulation_steps` that is once for each virtual batch: micro-steps communicate
-    nothing. The class of `optimizer` is exchanged in place; saved models load as the plain class.
+    nothing. An optimizer with an `apply` of its own, such as `LossScaleOptimizer` or
+    `MultiOptimizer`, gets averages. The class of `optimizer` is exchanged in place; saved models
+    load as the plain class.
 
     Args:
         optimizer: a `keras.optimizers.Optimizer`. With dynamic loss scaling, wrap outside:
@@ -44,8 +46,10 @@ def DistributedOptimizer(
             combination that would let the workers train apart.
         RuntimeError: by a training step compiled by XLA, which has no Horovod kernels; by the first
             one, on all workers, if the class of `optimizer` updates without coming to the average.
-        ValueError: by the first training step, on all workers, if a variable has a gradient on some
-            of them only, or is overwritten with its gradient (float8).
+        ValueError: by the first training step, on all workers, if their optimizers differ in a
+            setting, or their gradients in type or shape; outside of graphs by each step in which a
+            variable has a gradient on some of them only; and if a variable is overwritten with its
+            gradient (float8).
     """
     _check(optimizer, compression, average_with, shard)
     inner = getattr(optimizer, "inner_optimizer", None)
@@ -56,11 +60,11 @@ def DistributedOptimizer(
             target = inner
         _exchange_class(target, Sharded)
     else:
-        _exchange_class(target, Averaging if inner is None else AveragingLossScale)
-    object.__setattr__(target, "_wire_dtype", COMPRESSIONS[compression])
-    object.__setattr__(target, "_average_with", tuple(average_with))
-    object.__setattr__(target, "_are_compared", False)
-    object.__setattr__(target, "_without_average", 0)
+        _exchange_class(target, Averaging)
+    state = {"_wire_dtype": COMPRESSIONS[compression], "_average_with": tuple(average_with)}
+    state |= {"_are_compared": False, "_has_applied": False, "_without_average": 0}
+    for name, value in state.items():
+        object.__setattr__(target, name, value)  # not by Keras', which would track it
     return optimizer
 
 

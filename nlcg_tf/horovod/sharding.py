@@ -292,10 +292,14 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
             )
         super().apply(grads, trainable_variables)
 
-    def _reduce(self, grads, optimizer):
+    @property
+    def _averages_first(self):
+        return False
+
+    def _reduce(self, grads):
         """This worker's shards of the mean gradients, in place of the gradients."""
         self._count_updates_without_average(0)
-        extra = self._averaged_scalars(optimizer)
+        extra = self._averaged_scalars()
         if extra:
             means = average([tf.convert_to_tensor(x) for x in extra])
             for variable, mean in zip(extra, means):
@@ -311,7 +315,7 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
     def _clip_gradients(self, grads):
         if not self.global_clipnorm:
             return super()._clip_gradients(grads)
-        shards = self._reduce(grads, self)
+        shards = self._reduce(grads)
         with reductions.over_workers(Shards(self.layouts)):
             dtype = keras.backend.result_type(*(x.dtype for x in shards))
             norm = tf.sqrt(reductions.sum_all([tf.cast(x * x, dtype) for x in shards]))

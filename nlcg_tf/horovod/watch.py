@@ -34,6 +34,19 @@ def entering(place):
         _moves += 1
 
 
+@contextlib.contextmanager
+def warning_after(seconds, text):
+    """Context that says what may be wrong if it takes longer than so many seconds."""
+    line = f"worker {hvd.rank()} waits for {seconds:g} s: {text}"
+    timer = threading.Timer(seconds, _say, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def is_communication_error(error):
     """Whether an exception comes from one of Horovod's operations."""
     if isinstance(error, HorovodInternalError):
@@ -121,6 +134,11 @@ class Watch:
                 moved, ticks = now, self.ticks
             elif now - moved > self.seconds and self._rank < 2:
                 missing = self._missing()
+                if not missing and self._rank == 0 and (place := self._own_place()):
+                    missing = (
+                        f"all workers are {place}. A step takes long, or they wait for each other "
+                        "in different operations"
+                    )
                 if missing:
                     _say(f"no progress for {now - moved:.0f} s: {missing}")
                 moved = now

@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from scripts.shared.timing import machine, ratio, show_ratio, turns, write_json
 from trainers.data import decode, sources
-from trainers.engine.files import path_of
+from trainers.engine.files import output_file, path_of
 from trainers.engine.folder import read_metrics
 from trainers.engine.plan import make_plan
 
@@ -213,7 +213,7 @@ def main():
     parser.add_argument("--training_image_size", type=int, default=64)
     parser.add_argument("--training_batch", type=int, default=16)
     parser.add_argument("--training_repeats", type=int, default=3, help="rounds")
-    parser.add_argument("--json", type=path_of, help="file for all figures")
+    parser.add_argument("--json", type=output_file, help="file for all figures")
     arguments = parser.parse_args()
     result = {"machine": machine()}
     print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")

@@ -20,7 +20,7 @@ from nlcg_tf.polar import matrix_shape, operations, polar_factors, shared_by
 from scripts.bench.step import step_call
 from scripts.shared.timing import interleaved, machine, ratio, show_ratio, write_json
 from trainers.engine.cluster import connect
-from trainers.engine.files import path_of
+from trainers.engine.files import output_file
 
 BATCH, SIZE, CLASSES = 16, 224, 1000
 VIRTUAL_BATCHES = (256, 2048, 16384)
@@ -59,7 +59,7 @@ def by_shape(shapes, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=path_of, help="file for all figures")
+    parser.add_argument("--json", type=output_file, help="file for all figures")
     arguments = parser.parse_args()
     cluster = connect()
     if cluster.size() > 1:

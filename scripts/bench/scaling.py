@@ -29,7 +29,7 @@ from scripts.bench.ring_model import (
 )
 from scripts.bench.team import BYTES, WORKERS, Team, common_rates, horovod_team, work
 from scripts.shared.timing import machine, ratio, show_ratio, turns, write_json
-from trainers.engine.files import path_of
+from trainers.engine.files import output_file
 
 
 def covered(intervals):
@@ -156,8 +156,8 @@ def parsed_options():
     parser.add_argument("--images-per-second", type=float, default=412, help="of one GPU")
     parser.add_argument("--micro-batch", type=int, default=32, help="of one GPU")
     parser.add_argument("--update-gbytes", type=float, default=700, help="a second, of one GPU")
-    parser.add_argument("--json", type=path_of, help="file for all figures")
-    parser.add_argument("--plot", help="file for the picture of the predictions")
+    parser.add_argument("--json", type=output_file, help="file for all figures")
+    parser.add_argument("--plot", type=output_file, help="file for the picture of the predictions")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 

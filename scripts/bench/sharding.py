@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from scripts.shared.timing import interleaved, machine, ratio, show_ratio, write_json
-from trainers.engine.files import path_of
+from trainers.engine.files import output_file
 
 
 def optimizers():
@@ -134,7 +134,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parameters", default="resnet50", help="resnet50, resnet32 or a number")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=path_of, help="file for all figures")
+    parser.add_argument("--json", type=output_file, help="file for all figures")
     options = parser.parse_args()
     if "HOROVOD_RANK" not in os.environ:
         launcher = pathlib.Path(sys.executable).with_name("horovodrun")

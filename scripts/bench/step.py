@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from scripts.bench.update import FORMS, nlcg
 from scripts.shared.timing import interleaved, machine, ratio, show_ratio, write_json
-from trainers.engine.files import path_of
+from trainers.engine.files import output_file
 from trainers.models.cifar_resnet import cifar_resnet
 
 CASES = {
@@ -63,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=path_of, help="file for all figures")
+    parser.add_argument("--json", type=output_file, help="file for all figures")
     arguments = parser.parse_args()
     result = {"machine": machine(), "cases": {}}
     print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")

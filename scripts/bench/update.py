@@ -24,7 +24,7 @@ import tensorflow as tf
 import nlcg_tf
 from nlcg_tf.polar import shared_by
 from scripts.shared.timing import interleaved, machine, ratio, show_ratio, write_json
-from trainers.engine.files import path_of
+from trainers.engine.files import output_file
 from trainers.models.cifar_resnet import cifar_resnet
 
 # The settings of NLCG, and how often they read and write a vector of the parameters' size.
@@ -190,7 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", default=["resnet50", "resnet32", "1e8"])
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=path_of, help="file for all figures")
+    parser.add_argument("--json", type=output_file, help="file for all figures")
     arguments = parser.parse_args()
     result = {"machine": machine(), "build": nlcg_tf.fused.build_info(), "cases": {}}
     print(f"{result['machine']['processor']}, {result['machine']['cores']} cores")

@@ -243,28 +243,91 @@ def check_what_is_refused():
     expect(RuntimeError, "jit_compile=False", lambda: model.fit(x, y, verbose=0))
 
 
-def check_an_optimizer_that_averages_nothing_is_refused():
-    """Whatever hands its gradients to others, and what is overwritten with its gradient."""
+class OwnApply(keras.optimizers.SGD):
+    """Uses the gradients at once, and Keras' `apply` for nothing but its counts."""
 
-    class Own(keras.optimizers.SGD):
-        def apply(self, grads, trainable_variables=None):
-            for variable, gradient in zip(trainable_variables, grads):
-                variable.assign_sub(gradient)
+    def apply(self, grads, trainable_variables=None):
+        for variable, gradient in zip(trainable_variables, grads):
+            variable.assign_sub(gradient)
+        super().apply([0 * g for g in grads], trainable_variables)
 
-    variable, gradient = keras.Variable([1.0], name="v"), tf.constant([1.0])
-    own = hvd.DistributedOptimizer(Own())
-    own.build([variable])
-    apply = lambda: own.apply([gradient], [variable])  # noqa: E731
-    expect(RuntimeError, "DistributedOwn.*without averaging", tf.function(apply))
-    assert variable.numpy() == [1.0]
-    expect(RuntimeError, "DistributedOwn.*without averaging", apply)
+
+class OwnBackend(keras.optimizers.SGD):
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        for variable, gradient in zip(trainable_variables, grads):
+            variable.assign_sub(gradient)
+
+
+class OwnApplyGradients(keras.optimizers.SGD):
+    def apply_gradients(self, grads_and_vars):
+        for gradient, variable in grads_and_vars:
+            variable.assign_sub(gradient)
+
+
+def check_an_optimizer_of_any_class_averages_or_is_refused():
+    own = tf.constant([1.0 + hvd.rank()])  # 1.5 in the mean
+    nested = keras.optimizers.SGD(1.0)
+    if hasattr(keras.optimizers, "MultiOptimizer"):
+        nested = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(nested))
+    for plain in (OwnApply(1.0), keras.optimizers.LossScaleOptimizer(nested, 1.0)):
+        variable = keras.Variable([1.0])
+        optimizer = hvd.DistributedOptimizer(plain)
+        optimizer.build([variable])
+        apply = lambda: optimizer.apply([own], [variable])  # noqa: E731, B023
+        apply()
+        tf.function(apply)()
+        assert variable.numpy() == [-2.0], (plain, variable.numpy())
+    variable = keras.Variable([1.0], name="v")
+    backend = hvd.DistributedOptimizer(OwnBackend())
+    backend.build([variable])
+    apply = lambda: backend.apply([own], [variable])  # noqa: E731
+    expect(RuntimeError, "`apply` of DistributedOwnBackend.*without the average", apply)
+    expect(RuntimeError, "without the average", tf.function(apply))
+    gradients = hvd.DistributedOptimizer(OwnApplyGradients())
+    apply = lambda: gradients.apply_gradients([(own, variable)])  # noqa: E731
+    expect(RuntimeError, "`apply_gradients` of DistributedOwnApplyGradients", apply)
     sgd = hvd.DistributedOptimizer(keras.optimizers.SGD(gradient_accumulation_steps=2))
     for _ in range(4):
-        sgd.apply([gradient], [variable])
+        sgd.apply([own], [variable])
     variable.overwrite_with_gradient = True
     sgd = hvd.DistributedOptimizer(keras.optimizers.SGD())
-    expect(ValueError, "'v' is overwritten with its gradient", sgd.apply, [gradient], [variable])
-    expect(TypeError, "copy of a distributed", copy.deepcopy, own)
+    expect(ValueError, "'v' is overwritten with its gradient", sgd.apply, [own], [variable])
+    expect(TypeError, "copy of a distributed", copy.deepcopy, sgd)
+
+
+def check_the_loss_of_an_optimizer_deep_inside_is_averaged():
+    inner = paper_nlcg(0.1, "blended", "normalized_bfgs")
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        return
+    outer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner))
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(outer, 1.0))
+    variable = keras.Variable([1.0, 2.0])
+    for t in range(6):
+        optimizer.scale_loss(tf.constant(1.0 + hvd.rank() + t % 3))
+        optimizer.apply([variable * (1.0 + hvd.rank())], [variable])
+    hvd.check_identical([variable, *(v for v in inner.variables if v is not inner.observed_loss)])
+
+
+def check_settings_that_differ_are_refused():
+    variable, gradient = keras.Variable([1.0], name="v"), tf.constant([1.0])
+    other = hvd.rank() == 1
+
+    def apply(optimizer, gradient=gradient, **arguments):
+        hvd.DistributedOptimizer(optimizer, **arguments).apply([gradient], [variable])
+
+    sgd, adam = keras.optimizers.SGD, keras.optimizers.Adam
+    refused = lambda words, *args, **more: expect(ValueError, words, apply, *args, **more)  # noqa: E731
+    refused("`class`.*SGD.*Adam", (adam if other else sgd)(0.1))
+    refused("`compression`", sgd(), compression="bf16" if other else None)
+    refused("`shard`", sgd(), shard=other)
+    refused("`learning_rate`: 0.1.* on worker 0, 0.2.* on worker 1", sgd(0.2 if other else 0.1))
+    shape = "float32 \\(1,\\).*float32 \\(2,\\)|float32 \\(2,\\)"
+    refused(shape, sgd(), tf.ones([1 + hvd.rank()]))
+    optimizer = hvd.DistributedOptimizer(sgd())
+    variables = [keras.Variable([1.0], name=name) for name in ("a", "b")]
+    optimizer.apply([gradient, gradient], variables)
+    later = [gradient, None if other else gradient]
+    expect(ValueError, "'b' has .*worker 0 and none on worker 1", optimizer.apply, later, variables)
 
 
 def check_numbers_that_horovod_does_not_know_are_broadcast():
@@ -272,6 +335,17 @@ def check_numbers_that_horovod_does_not_know_are_broadcast():
         variable = tf.Variable(tf.cast([1 + hvd.rank(), 2], dtype))
         hvd.broadcast([variable], root_rank=1)
         assert (variable.numpy() == tf.cast([2, 2], dtype).numpy()).all(), dtype
+    text = tf.Variable([f"worker {hvd.rank()}"])
+    hvd.broadcast([text], root_rank=1)
+    assert text.numpy() == [b"worker 1"]
+    hvd.check_identical([text])
+
+
+def check_float16_gradients_whose_sum_overflows():
+    variable = keras.Variable([1.0])
+    sgd = hvd.DistributedOptimizer(keras.optimizers.SGD(1e-4), compression="fp16")
+    sgd.apply([tf.constant([40000.0])], [variable])
+    np.testing.assert_allclose(variable.numpy(), [-3.0], rtol=1e-3)
 
 
 def check_bfloat16_variables():

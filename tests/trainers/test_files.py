@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import json
 import os
 
 import pytest
 
 from trainers.engine import files
+from trainers.engine.curves import plot_curves
 from trainers.engine.folder import RunFolder, read_metrics
 
 
@@ -86,3 +88,35 @@ def test_damaged_and_foreign_lines_of_a_log_are_passed_over(tmp_path):
     lines += [b'{"type": "epoch", "update": 2}', b'{"type": "step", "update": 2}', b'{"type": "st']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert [record["update"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["", " ", "gs://b/run", "s3:/b", "~nobody-here/run"])
+def test_what_is_no_path_is_refused(text):
+    with pytest.raises(ValueError):
+        files.path_of(text)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
+    assert files.output_file(str(tmp_path / "a.json")) == tmp_path / "a.json"
+    for path in (tmp_path, tmp_path / "none" / "a.json"):
+        with pytest.raises(ValueError, match=str(path)):
+            files.output_file(str(path))
+
+
+FOREIGN = [
+    {"type": "step", "update": 1},
+    {"type": "epoch", "update": 1, "epoch": 1},
+    {"type": "step", "update": 1, "loss": [1], "learning_rate": 0.1},
+    {"type": "step", "update": 10**400, "loss": 1.0, "learning_rate": 0.1},
+    {"type": ["step"]},
+]
+
+
+def test_lines_of_another_program_are_passed_over(tmp_path):
+    own = {"type": "step", "update": 1, "loss": 1.0, "learning_rate": 0.1, "step_size": 0.1}
+    other = {"type": "step", "update": 2, "loss": None, "learning_rate": 0.1}
+    lines = [*map(json.dumps, [own, *FOREIGN, other]), "[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path) == [own, other]
+    plot_curves(read_metrics(tmp_path), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

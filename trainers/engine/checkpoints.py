@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -60,10 +61,10 @@ class Checkpoints:
         """
         name = f"{update:08d}-epoch-{epoch:04d}"
         target, partial = self.folder / f"update-{name}", self.folder / f"partial-{name}"
-        if target.exists():
+        if os.path.lexists(target):
             if damage(target) is None:
                 return
-            shutil.rmtree(target)
+            files.remove(target)
         # What a killed process was writing is of no use to anyone.
         for left_over in self._named("partial"):
             files.remove(left_over)

@@ -30,7 +30,9 @@ def path_of(text):
     Raises:
         NoPathError: for an address as gs://bucket/run, and for a name that is no UTF-8.
     """
-    if re.match(r"\w[\w+.-]*://", text):
+    if not text.strip():
+        raise NoPathError("is empty: give a path")
+    if re.match(r"\w[\w+.-]*://|(gs|s3|hdfs|file|dbfs):/", text):
         raise NoPathError(f"{text} is an address: give a path of a mounted file system")
     try:
         text.encode()
@@ -38,7 +40,24 @@ def path_of(text):
         raise NoPathError(
             f"{text!r} is no UTF-8, at least not in this locale: set PYTHONUTF8=1, or rename it"
         ) from None
-    return pathlib.Path(os.path.expanduser(text))
+    path = pathlib.Path(os.path.expanduser(text))
+    if path.parts[0].startswith("~"):
+        raise NoPathError(f"{text} names a user that this machine does not know")
+    return path
+
+
+def output_file(text):
+    """The path of a file that a program is going to write, for argparse.
+
+    Raises:
+        NoPathError: if it cannot be written to, before anything is computed for it.
+    """
+    path = path_of(text)
+    if path.is_dir():
+        raise NoPathError(f"{text} is a folder: give a file")
+    if not path.absolute().parent.is_dir():
+        raise NoPathError(f"{text} is in a folder that is not there")
+    return path
 
 
 def make_folder(path):

@@ -90,7 +90,7 @@ def read_json(path):
     """The object in a file; `{}` without one, while it is being written, and for anything else."""
     try:
         value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -108,15 +108,25 @@ def read_metrics(folder):
     """
     path, records = pathlib.Path(folder, METRICS), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return [r for r in records if isinstance(r, dict) and _is_record(r)]
 
 
+# What each record has, and is needed to go on and to draw.
+COUNTS = {"step": ("update",), "epoch": ("update", "epoch")}
+VALUES = {"step": ("loss", "learning_rate"), "epoch": ("loss", "train_top1")}
+
+
 def _is_record(record):
-    needed = ("update", "epoch") if record.get("type") == "epoch" else ("update",)
-    known = record.get("type") in ("step", "epoch")
-    return known and all(isinstance(record.get(name), int) for name in needed)
+    kind = record.get("type")
+    if not isinstance(kind, str) or kind not in COUNTS:
+        return False
+    counts = [record.get(name) for name in COUNTS[kind]]
+    values = [record.get(name, "") for name in VALUES[kind]]  # null: was not finite
+    return all(type(x) is int and 0 <= x < 2**53 for x in counts) and all(
+        x is None or type(x) in (int, float) for x in values
+    )
 
 
 def _line(record):
