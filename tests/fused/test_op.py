@@ -136,53 +136,60 @@ def test_fused_true_raises_where_it_cannot_be_met(fused_library):
         model.fit(x, y, verbose=0)
 
 
-@pytest.mark.parametrize("problem", ["missing", "another TensorFlow", "other sources", "damaged"])
-def test_an_unusable_library_falls_back_with_one_warning(problem, tmp_path, fused_library):
-    """In a process of its own, whose library is replaced: Python loads one only once."""
-    library = tmp_path / "libnlcg_update.so"
-    original = nlcg_update.LIBRARY.read_bytes()
-    if problem == "another TensorFlow":
-        version = tf.__version__.encode()
-        assert original.count(b'"tensorflow": "' + version) == 1
-        library.write_bytes(original.replace(b'"' + version + b'"', b'"1.23.4"'))
-    elif problem == "other sources":
-        digest = nlcg_update._recorded()["sources"].encode()
-        library.write_bytes(original.replace(digest, digest[::-1]))
-    elif problem == "damaged":
-        record = original[original.find(b"nlcg_build_info") :]
-        library.write_bytes(b"no library, but with the record of one\0" + record)
-    code = f"""
-import pathlib, warnings
+UNUSABLE = """
+import pathlib, sys, warnings
 import keras, tensorflow as tf
 import nlcg_tf
 from nlcg_tf.fused import nlcg_update
-nlcg_update.LIBRARY = pathlib.Path({str(library)!r})
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
+
+def apply(fused):
     variable = keras.Variable([1.0])
-    optimizer = nlcg_tf.NLCG(0.1, "fletcher_reeves")
+    optimizer = nlcg_tf.NLCG(0.1, "fletcher_reeves", fused=fused)
     for _ in range(3):
         optimizer.apply([tf.constant([1.0])], [variable])
-texts = [str(w.message) for w in seen if "NLCG" in str(w.message)]
-assert len(texts) == 1, texts
-print(texts[0], variable.numpy()[0] < 1)
-info = nlcg_tf.fused.build_info()
-assert not info["available"] and info["reason"] in texts[0]
-try:
-    nlcg_tf.NLCG(0.1, "fletcher_reeves", fused=True).apply([tf.constant([1.0])], [variable])
-except RuntimeError as error:
-    print(error)
+    return variable.numpy()[0]
+
+for path in map(pathlib.Path, sys.argv[1:]):
+    nlcg_update.LIBRARY = path
+    for cached in (nlcg_update._load, nlcg_update._recorded, nlcg_update._warn_once):
+        cached.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert apply("auto") < 1
+    (text,) = [str(w.message) for w in seen if "NLCG" in str(w.message)]
+    info = nlcg_tf.fused.build_info()
+    assert not info["available"] and info["reason"] in text
+    try:
+        apply(True)
+    except RuntimeError as error:
+        print(path.name, text, error, sep=": ")
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_an_unusable_library_falls_back_with_one_warning(tmp_path, fused_library):
+    """In a process of its own, whose library is replaced: Python loads one only once."""
+    original = nlcg_update.LIBRARY.read_bytes()
+    version = b'"' + tf.__version__.encode() + b'"'
+    assert original.count(b'"tensorflow": ' + version) == 1
+    digest = nlcg_update._recorded()["sources"].encode()
+    record = original[original.find(b"nlcg_build_info") :]
+    libraries = {
+        "another": original.replace(version, b'"1.23.4"'),
+        "sources": original.replace(digest, digest[::-1]),
+        "damaged": b"no library, but with the record of one\0" + record,
+    }
+    for name, content in libraries.items():
+        (tmp_path / name).write_bytes(content)
+    paths = [str(tmp_path / name) for name in ("missing", *libraries)]
+    command = [sys.executable, "-c", UNUSABLE, *paths]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    warning, error = result.stdout.splitlines()[0], result.stdout.splitlines()[-1]
-    assert warning.endswith("True")
-    for line in (result.stdout, error):
-        assert "python -m nlcg_tf.fused.build" in line
-    if problem == "other sources":
-        assert "built from other sources" in error
-    if problem == "another TensorFlow":
-        assert f"built for TensorFlow 1.23.4, found {tf.__version__}" in error
+    said = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+    assert set(said) == {"missing", *libraries}
+    assert all(line.count("python -m nlcg_tf.fused.build") == 2 for line in said.values())
+    assert "is not built" in said["missing"] and "cannot be loaded" in said["damaged"]
+    assert f"built for TensorFlow 1.23.4, found {tf.__version__}" in said["another"]
+    assert "built from other sources" in said["sources"]
 
 
 def test_build_info_tells_what_was_built(fused_library):

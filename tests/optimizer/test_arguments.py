@@ -1,7 +1,9 @@
 """Bad arguments get an error that names the argument and the value."""
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
 import nlcg_tf
 from nlcg_tf import NLCG, schedules
@@ -140,3 +142,25 @@ def test_diagnostics_refuse_another_optimizer():
     model.compile(optimizer="sgd", loss="mse")
     with pytest.raises(ValueError, match=r"diagnostics.*Received"):
         model.fit(x, y, verbose=0, callbacks=[nlcg_tf.callbacks.OptimizerDiagnostics()])
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+def test_gradients_that_do_not_fit_are_refused(fused):
+    v, other = keras.Variable([1.0, 2.0], name="v"), keras.Variable([1.0])
+
+    def apply(gradients, variables):
+        NLCG(0.1, "fletcher_reeves", fused=fused).apply(gradients, variables)
+
+    bad = [
+        ([tf.ones(2)], [v, other], "1 gradients of 2 variables"),
+        ([tf.ones(1)], [v], r"'v' must have the shape \(2,\)"),
+        ([tf.ones(())], [v], r"'v' must have the shape \(2,\)"),
+        ([tf.complex(tf.ones(2), tf.ones(2))], [v], "real numbers"),
+        ([tf.ones(2)] * 2, [v, v.value], "given twice"),
+    ]
+    for gradients, variables, words in bad:
+        with pytest.raises(ValueError, match=words):
+            apply(gradients, variables)
+    np.testing.assert_array_equal(v.numpy(), [1.0, 2.0])
+    with pytest.raises(ValueError, match="updates variables"):
+        NLCG().build([np.ones(2)])

@@ -18,6 +18,7 @@ RESULTS = {
     "custom_loop": (r"accuracy on held-out digits: ([\d.]+)", 0.94, 1.0),
     "fit": (r"accuracy on held-out digits: ([\d.]+)", 0.93, 1.0),
     "jax_devices": (r"2 devices, accuracy: ([\d.]+)", 0.9, 1.0),
+    "learning_curves": (r"SGD, rate \S+: test accuracy ([\d.]+)", 0.93, 1.0),
     "mixed_precision": (r"accuracy on held-out digits: ([\d.]+) \(0 updates skipped", 0.93, 1.0),
     "pinn": (r"relative error of the solution: (\S+)", 0.0, 1e-3),
     "two_workers": (r"2 workers, accuracy on held-out digits: ([\d.]+)", 0.93, 1.0),

@@ -84,9 +84,15 @@ def test_what_must_be_a_folder_is_told(tmp_path):
 
 
 def test_damaged_and_foreign_lines_of_a_log_are_passed_over(tmp_path):
-    lines = [b'{"type": "step", "update": 1}', b'{"step": 1}', b"\xff\xfe\xe9", b"\0" * 99, b"[1]"]
-    lines += [b'{"type": "epoch", "update": 2}', b'{"type": "step", "update": 2}', b'{"type": "st']
-    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    values = b'"loss": 1.0, "learning_rate": 0.1}'
+    lines = [
+        b'{"type": "step", "update": 1, ' + values,
+        b'{"step": 1}',
+        b"\xff\xfe\xe9",
+        b"\0" * 99,
+    ]
+    lines += [b"[1]", b'{"type": "epoch", "update": 2}', b'{"type": "step", "update": 2, ' + values]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"type": "st']))
     assert [record["update"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
@@ -105,7 +111,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(tm
 
 FOREIGN = [
     {"type": "step", "update": 1},
-    {"type": "epoch", "update": 1, "epoch": 1},
+    {"type": "epoch", "update": 1},
     {"type": "step", "update": 1, "loss": [1], "learning_rate": 0.1},
     {"type": "step", "update": 10**400, "loss": 1.0, "learning_rate": 0.1},
     {"type": ["step"]},
@@ -115,8 +121,9 @@ FOREIGN = [
 def test_lines_of_another_program_are_passed_over(tmp_path):
     own = {"type": "step", "update": 1, "loss": 1.0, "learning_rate": 0.1, "step_size": 0.1}
     other = {"type": "step", "update": 2, "loss": None, "learning_rate": 0.1}
-    lines = [*map(json.dumps, [own, *FOREIGN, other]), "[" * 100_000]
+    epoch = {"type": "epoch", "update": 2, "epoch": 1, "top1": "high"}
+    lines = [*map(json.dumps, [own, *FOREIGN, other, epoch]), "[" * 100_000]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert read_metrics(tmp_path) == [own, other]
+    assert read_metrics(tmp_path) == [own, other, epoch]
     plot_curves(read_metrics(tmp_path), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000

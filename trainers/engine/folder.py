@@ -115,7 +115,7 @@ def read_metrics(folder):
 
 # What each record has, and is needed to go on and to draw.
 COUNTS = {"step": ("update",), "epoch": ("update", "epoch")}
-VALUES = {"step": ("loss", "learning_rate"), "epoch": ("loss", "train_top1")}
+VALUES = {"step": ("loss", "learning_rate"), "epoch": ()}
 
 
 def _is_record(record):
