@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
+from nlcg_tf import fused
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.collectives import allgather_object, average, name_of
 from nlcg_tf.horovod.factors import share
@@ -102,6 +103,9 @@ class Averaging(CountsUpdates):
             for worker, found in enumerate(others, 1):
                 _compare_kinds(first, found, worker, self._trainable_variables)
 
+    def _updated_weights(self):
+        return self._trainable_variables
+
     def _settings(self):
         """All that must be equal, by names, as texts."""
         try:
@@ -115,6 +119,11 @@ class Averaging(CountsUpdates):
             "compression": str(self._wire_dtype),
         }
         config |= {"average_with": len(self._average_with)}
+        if isinstance(self, ObservesLoss) and self.built:
+            # The op and the reference update round otherwise.
+            weights = [v.value for v in self._updated_weights()]
+            reason = "fused=False" if self.fused is False else fused.why_not(self, weights)
+            config["fused"] = reason or "the op is used"
         config.pop("name", None)
         texts = {}
         for name, value in config.items():

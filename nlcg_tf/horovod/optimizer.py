@@ -1,5 +1,6 @@
 """Makes any Keras 3 optimizer distributed over Horovod's workers."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,10 @@ def DistributedOptimizer(
     state |= {"_are_compared": False, "_has_applied": False, "_without_average": 0}
     for name, value in state.items():
         object.__setattr__(target, name, value)  # not by Keras', which would track it
+    for each in {id(x): x for x in (optimizer, target)}.values():
+        # In a graph it is part of the names by which Horovod knows what the workers do together;
+        # Keras counts optimizers of one class up, and a worker may have made more of them.
+        each.name = re.sub(r"_\d+$", "", each.name)
     return optimizer
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import optimizers
 
-from nlcg_tf import fused, reductions
+from nlcg_tf import reductions
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
@@ -236,24 +236,8 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
             )
         super().exclude_from_weight_decay(var_list, var_names)
 
-    def _compare(self, grads, variables):
-        """As `Averaging`; and all workers must update by the same path, which sum differently."""
-        compared = self._are_compared
-        super()._compare(grads, variables)
-        if compared or not self._are_compared or not self.built or not isinstance(self, NLCG):
-            return
-        reason = "fused=False"
-        if self.fused is not False:
-            reason = fused.why_not(self, [shard.value for shard in self.shards])
-        with tf.init_scope():
-            reasons = hvd.allgather_object(reason)
-        odd = [i for i, other in enumerate(reasons) if bool(other) != bool(reasons[0])]
-        if odd:
-            worker = odd[0] if reasons[odd[0]] else 0
-            raise ValueError(
-                f"Worker {worker} has no fused op and others have: {reasons[worker]}. Give all "
-                "`fused=False`, or the op to all"
-            )
+    def _updated_weights(self):
+        return self.shards
 
     def _new_shard(self, number, layout, variables):
         shard = layout.own_shard([variables[i].value for i in layout.indices])

@@ -308,6 +308,19 @@ def check_the_loss_of_an_optimizer_deep_inside_is_averaged():
     hvd.check_identical([variable, *(v for v in inner.variables if v is not inner.observed_loss)])
 
 
+def check_the_workers_may_have_made_other_optimizers_before():
+    """Keras counts them up in their names, and a graph has the names of Horovod's operations."""
+    for _ in range(hvd.rank()):
+        keras.optimizers.SGD()
+    variable = keras.Variable([1.0])
+    sgd = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    sgd.build([variable])
+    step = tf.function(lambda x: sgd.apply([x], [variable]))
+    for _ in range(4):
+        step(tf.constant([1.0 + hvd.rank()]))
+    np.testing.assert_allclose(variable.numpy(), [0.7], rtol=1e-6)
+
+
 def check_settings_that_differ_are_refused():
     variable, gradient = keras.Variable([1.0], name="v"), tf.constant([1.0])
     other = hvd.rank() == 1
