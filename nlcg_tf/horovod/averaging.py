@@ -122,8 +122,8 @@ class Averaging(CountsUpdates):
         if isinstance(self, ObservesLoss) and self.built:
             # The op and the reference update round otherwise.
             weights = [v.value for v in self._updated_weights()]
-            reason = "fused=False" if self.fused is False else fused.why_not(self, weights)
-            config["fused"] = reason or "the op is used"
+            is_fused = self.fused is not False and fused.why_not(self, weights) is None
+            config["fused"] = "the fused op" if is_fused else "the reference update"
         config.pop("name", None)
         texts = {}
         for name, value in config.items():

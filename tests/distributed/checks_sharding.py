@@ -307,7 +307,7 @@ def check_what_cannot_be_sharded_is_refused():
     apart.build(variables)
     expect(
         ValueError,
-        "`fused`.*op is used.*fused=False.* on worker 1",
+        "`fused`: .the fused op. on worker 0, .the reference update. on worker 1",
         apart.apply,
         gradients,
         variables,
