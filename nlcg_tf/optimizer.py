@@ -90,10 +90,10 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             all zero, which would never leave zero otherwise.
         fused: `"auto"`: the fused op where it can be used, elsewhere the reference update in Keras
             operations; `True`: the op, or an error where it cannot be used; `False`: the reference.
-            The op serves the TensorFlow backend without XLA and `tf.distribute` strategies,
-            variables of float32 or float64, the line searches of this package; `"spectral"` and
-            preconditioners of your own with the rules `"momentum"` and `"fletcher_reeves"`. The
-            logger "nlcg_tf" says at level DEBUG which of the two runs.
+            The op serves the TensorFlow backend without XLA and `tf.distribute` strategies, and
+            variables of float32 or float64; `"spectral"` and preconditioners of your own with the
+            rules `"momentum"` and `"fletcher_reeves"`. The logger "nlcg_tf" says at level DEBUG
+            which of the two runs.
         name: string.
         **kwargs: every other argument of `keras.optimizers.Optimizer`, with its meaning.
 
@@ -347,8 +347,9 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 def _check_distinct(variables):
     seen = set()
     for v in variables:
-        # A Keras variable on TensorFlow has one of TensorFlow's, which may be given too.
-        own = id(getattr(v, "_value", None) if isinstance(v, keras.Variable) else v)
+        own = id(v)
+        if keras.backend.backend() == "tensorflow" and isinstance(v, keras.Variable):
+            own = id(v.value)  # TensorFlow's variable behind it may be given too
         if own in seen:
             raise ValueError(
                 f"Variable '{getattr(v, 'path', v.name)}' is given twice. The gradient of a weight "

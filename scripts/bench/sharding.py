@@ -77,7 +77,7 @@ class Side:
         return lambda: (update(), optimizer.iterations.numpy())
 
     def slot_bytes(self):
-        slots = getattr(self.optimizer, "parts", {}).values() or self.optimizer.variables
+        slots = getattr(self.optimizer, "slot_shards", {}).values() or self.optimizer.variables
         return sum(4 * math.prod(v.shape) for v in slots if len(v.shape))
 
     def _observe(self):

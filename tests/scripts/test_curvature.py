@@ -244,8 +244,9 @@ def test_each_variant_changes_its_mechanism_and_nothing_else():
     }
     assert others["beta_constant"][1]["beta"] == pytest.approx(0.9)
     assert all(other["gain_ratio"] > 0 for _, other in others.values())
-    assert len({loss, *(other for other, _ in others.values())}) == 4
-    assert trained("default")[0] == loss
+    assert trained("default")[0] == pytest.approx(loss, rel=1e-4)  # see below
+    for other, _ in others.values():
+        assert other != pytest.approx(loss, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Oracle:
         self.preconditioner_mean = 1.0
         self.scale = 1.0
         self.previous_loss = self.ema = self.ema_compared = None
-        self.updates = self.skipped = self.rejected = self.capped = 0
+        self.updates = self.skipped = self.rejected = self.clipped = 0
 
     def update(self, g, loss, learning_rate, weight_decay=0.0):
         g = np.asarray(g, np.float64)
@@ -76,7 +76,7 @@ class Oracle:
         direction = self.d + ahead * (self.z + self.beta * self.d - self.d)
         self.delta, self.g_prev = delta_new, g
         self.cosine = float(-g @ direction / (np.linalg.norm(g) * np.linalg.norm(direction)))
-        self.cap = 1.0
+        self.clip_factor = 1.0
         if self.line_search:
             getattr(self, "_" + self.line_search)(loss)
         decayed = self.w * (1 - weight_decay * learning_rate)
@@ -86,7 +86,7 @@ class Oracle:
                 (1 - self.gain_ratio) / 2
             )
             self._set_cap(np.linalg.norm(direction), learning_rate * self.scale)
-            self.d, direction = self.cap * self.d, self.cap * direction
+            self.d, direction = self.clip_factor * self.d, self.clip_factor * direction
         self.alpha = self.step_size * self._trust_ratios(direction)
         self.s = self.alpha * direction
         self.w = decayed + self.s
@@ -115,9 +115,9 @@ class Oracle:
             self.mean_update_norm = length / (1 - self.momentum)
             return
         if length > 2 * self.mean_update_norm:
-            self.cap = 2 * self.mean_update_norm / length
-            self.capped += 1
-        self.mean_update_norm = 0.9 * self.mean_update_norm + 0.1 * self.cap * length
+            self.clip_factor = 2 * self.mean_update_norm / length
+            self.clipped += 1
+        self.mean_update_norm = 0.9 * self.mean_update_norm + 0.1 * self.clip_factor * length
 
     def _learn_h(self, g):
         if self.updates > 0:

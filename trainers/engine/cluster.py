@@ -56,6 +56,13 @@ def is_elastic():
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+def _number_in(variable):
+    text = os.environ.get(variable) or "1"
+    if not text.isdigit():
+        raise SystemExit(f"error: {variable} must be a number of workers. Received: {text!r}")
+    return int(text)
+
+
 def connect():
     """Joins the job that this process was launched in.
 
@@ -63,9 +70,10 @@ def connect():
         `nlcg_tf.horovod`, initialised, or a `OneProcess`.
 
     Raises:
-        SystemExit: if a launcher started several processes that Horovod cannot connect.
+        SystemExit: if a launcher started several processes that Horovod cannot connect, or if a
+            variable of the environment, where a launcher says how many there are, is no number.
     """
-    launched = max(int(os.environ.get(name) or 1) for name in SIZE_VARIABLES)
+    launched = max(map(_number_in, SIZE_VARIABLES))
     if launched == 1 and not is_elastic():
         return OneProcess()
     from nlcg_tf import horovod
