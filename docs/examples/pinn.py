@@ -33,7 +33,6 @@ def train_step():
 for update in range(1001):
     loss, u = train_step()
     if update % 200 == 0:
-        print(
-            f"update {update}: loss {loss:.3g}, gain ratio {optimizer.diagnostics()['gain_ratio']:.2f}"
-        )
+        ratio = optimizer.diagnostics()["gain_ratio"]
+        print(f"update {update}: loss {loss:.3g}, gain ratio {ratio:.2f}")
 print(f"relative error of the solution: {tf.norm(u - solution) / tf.norm(solution):.2e}")

@@ -119,7 +119,7 @@ def test_one_huge_gradient_does_not_undo_the_training(preconditioner, fused):
         step = variable.numpy() - before
         lengths.append(np.linalg.norm(step))
     assert relative_difference(variable.numpy(), oracle.w) < 1e-12
-    assert oracle.capped > 0
+    assert oracle.clipped > 0
     assert max(lengths[30:]) < 3 * max(lengths[10:30])
 
 
