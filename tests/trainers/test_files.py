@@ -70,6 +70,7 @@ def test_a_full_disk_is_named():
 def test_addresses_are_no_paths():
     assert files.path_of("~/runs") == files.pathlib.Path.home() / "runs"
     assert str(files.path_of("a:b//c")) == "a:b/c"
+    assert str(files.path_of(".")) == "." and str(files.path_of("/")) == "/"
     for text in ("gs://bucket/run", "s3://a", "hdfs://host/a"):
         with pytest.raises(ValueError, match=f"{text} is an address"):
             files.path_of(text)

@@ -41,7 +41,7 @@ def path_of(text):
             f"{text!r} is no UTF-8, at least not in this locale: set PYTHONUTF8=1, or rename it"
         ) from None
     path = pathlib.Path(os.path.expanduser(text))
-    if path.parts[0].startswith("~"):
+    if str(path).startswith("~"):
         raise NoPathError(f"{text} names a user that this machine does not know")
     return path
 
