@@ -16,7 +16,7 @@ from nlcg_tf import preconditioner as preconditioners
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.configurable import check_choice, check_number
 from nlcg_tf.observed_loss import ObservesLoss
-from nlcg_tf.reductions import are_divided
+from nlcg_tf.reductions import Sums
 from nlcg_tf.reference import COUNTS, REALS
 from nlcg_tf.saving import KnowsItsLayout
 
@@ -103,6 +103,9 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         RuntimeError: by a training step where `fused=True` cannot be met.
     """
 
+    # Of a worker that holds a shard of the state: `nlcg_tf.horovod.sharding.SumsOfShards`.
+    sums = Sums()
+
     def __init__(
         self,
         learning_rate: float | LearningRateSchedule | Callable[[], float] = 0.1,
@@ -178,7 +181,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         }
         for name in self._own_slots(preconditioner):
             self.slots[name] = [self._add_slot(v, name, v.shape) for v in var_list]
-        if preconditioner.uses_steps and not self.nesterov and not are_divided():
+        if preconditioner.uses_steps and not self.nesterov and not self.sums.is_divided:
             # For each variable sum(g_prev d) and sum(d h d) of its last update, each in two parts
             # of this type that make up a double. Only the fused op keeps them; -1: not known.
             self.curvature_sums = self._add_state(

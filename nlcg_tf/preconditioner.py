@@ -15,7 +15,7 @@ from keras import ops
 
 from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
 from nlcg_tf.polar import matrix_shape, polar_factors
-from nlcg_tf.reductions import TINY, count, dot, join, norm, pieces, sum_all
+from nlcg_tf.reductions import TINY, Sums, norm
 
 Tensors = list[Any]
 State = dict[str, list[Any | None]]
@@ -31,8 +31,8 @@ class Preconditioner(Configurable):
 
     Attributes:
         couples: what an element of P g depends on. `"elements"`: on the same element of what it is
-            made of, and on sums over all that `nlcg_tf.reductions` makes; `"variable"`: on
-            others of its variable too; `"model"`: on other variables.
+            made of, and on `sums`; `"variable"`: on others of its variable too; `"model"`: on
+            other variables.
         uses_steps: bool, whether `update` looks at y and s, which cost the previous gradient.
         uses_weights: bool, whether the weights w are looked at.
     """
@@ -54,7 +54,14 @@ class Preconditioner(Configurable):
         return {}
 
     def update(
-        self, state: State, g: Tensors, w: Tensors | None, y: Any, s: Any, gain_ratio: Any
+        self,
+        state: State,
+        g: Tensors,
+        w: Tensors | None,
+        y: Any,
+        s: Any,
+        gain_ratio: Any,
+        sums: Sums,
     ) -> tuple[State, Any]:
         """The state after a gradient.
 
@@ -65,6 +72,8 @@ class Preconditioner(Configurable):
             y, s: lists of tensors, the change of the gradient and the step that changed it, zero
                 in the first update; `None` unless `uses_steps`.
             gain_ratio: scalar tensor in [0, 1], of `nlcg_tf.noise`; 0 where it is not measured.
+            sums: a `nlcg_tf.reductions.Sums`, for sums over all elements of the model, of which
+                this worker may hold a shard only.
 
         Returns:
             `(state, accepted)`: the new state, and whether y and s were good enough.
@@ -72,7 +81,7 @@ class Preconditioner(Configurable):
         return state, True
 
     def apply(
-        self, state: State, g: Tensors, w: Tensors | None, epsilon: float
+        self, state: State, g: Tensors, w: Tensors | None, epsilon: float, sums: Sums
     ) -> tuple[Tensors, Any]:
         """P g, a list of tensors, and the mean of the diagonal that divides g or a scalar 1.
 
@@ -100,16 +109,16 @@ def get(identifier: Any) -> Any:
     return found
 
 
-def apply(preconditioner, state, g, w, epsilon):
+def apply(preconditioner, state, g, w, epsilon, sums):
     """`preconditioner.apply`; of shards that hold whole variables with each of those by itself."""
     if preconditioner.couples == "elements":
-        return preconditioner.apply(state, g, w, epsilon)
-    w = None if w is None else pieces(w)
-    preconditioned, mean = preconditioner.apply(state, pieces(g), w, epsilon)
-    return join(preconditioned), mean
+        return preconditioner.apply(state, g, w, epsilon, sums)
+    w = None if w is None else sums.pieces(w)
+    preconditioned, mean = preconditioner.apply(state, sums.pieces(g), w, epsilon, sums)
+    return sums.join(preconditioned), mean
 
 
-def bfgs(h, g, y, s):
+def bfgs(h, g, y, s, sums):
     """Diagonal of the BFGS update of the Hessian estimate (paper, section 3.2.1).
 
     Args:
@@ -117,15 +126,16 @@ def bfgs(h, g, y, s):
         g: list of tensors of the same shapes, the gradient.
         y: list of tensors of the same shapes, gradient minus previous gradient.
         s: list of tensors of the same shapes, the step that was taken between the two.
+        sums: a `nlcg_tf.reductions.Sums`.
 
     Returns:
         `(h_new, accepted)`: the new diagonal, and a scalar boolean that is False where the pair
         (y, s) was rejected and `h_new` is `h`.
     """
     hs = [h_i * s_i for h_i, s_i in zip(h, s)]
-    ys = dot(y, s)
-    shs = dot(s, hs)
-    slope = dot(g, s)
+    ys = sums.dot(y, s)
+    shs = sums.dot(s, hs)
+    slope = sums.dot(g, s)
     resolved = ys > RESOLUTION * (ops.abs(slope) + ops.abs(slope - ys))
     # The paper has no guard; its authors' released code refuses non-positive curvature.
     accepted = resolved & (ys > TINY) & (shs > TINY) & ops.isfinite(ys) & ops.isfinite(shs)
@@ -139,9 +149,9 @@ def bfgs(h, g, y, s):
     return [update(*entry) for entry in zip(h, hs, y)], accepted
 
 
-def harmonic_mean(divisors):
+def harmonic_mean(divisors, sums):
     """n / sum(1 / x) over all n elements of a list of tensors: a scalar, 1 where n is 0."""
-    elements, inverses = count(divisors), sum_all([1 / x for x in divisors])
+    elements, inverses = sums.count(divisors), sums.sum([1 / x for x in divisors])
     return elements / inverses if elements else ops.ones_like(inverses)
 
 
@@ -160,13 +170,13 @@ class DiagonalBFGS(Preconditioner):
     def initial_state(self, shape):
         return {"hessian_diagonal": (shape, 1.0)}
 
-    def update(self, state, g, w, y, s, gain_ratio):
-        h, accepted = bfgs(state["hessian_diagonal"], g, y, s)
+    def update(self, state, g, w, y, s, gain_ratio, sums):
+        h, accepted = bfgs(state["hessian_diagonal"], g, y, s, sums)
         return {"hessian_diagonal": h}, accepted
 
-    def apply(self, state, g, w, epsilon):
+    def apply(self, state, g, w, epsilon, sums):
         divisors = [h_i + epsilon for h_i in state["hessian_diagonal"]]
-        return [g_i / x_i for g_i, x_i in zip(g, divisors)], harmonic_mean(divisors)
+        return [g_i / x_i for g_i, x_i in zip(g, divisors)], harmonic_mean(divisors, sums)
 
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
@@ -194,14 +204,14 @@ class NormalizedBFGS(DiagonalBFGS):
     def __post_init__(self):
         self._check("decay", is_fraction, "lie in (0, 1]")
 
-    def update(self, state, g, w, y, s, gain_ratio):
-        state, accepted = super().update(state, g, w, y, s, gain_ratio)
+    def update(self, state, g, w, y, s, gain_ratio, sums):
+        state, accepted = super().update(state, g, w, y, s, gain_ratio, sums)
         rate = (1 - self.decay) * (1 - gain_ratio)
         h = [h_i + rate * (1 - h_i) for h_i in state["hessian_diagonal"]]
         return {"hessian_diagonal": h}, accepted
 
-    def apply(self, state, g, w, epsilon):
-        quotients, mean = super().apply(state, g, w, epsilon)
+    def apply(self, state, g, w, epsilon, sums):
+        quotients, mean = super().apply(state, g, w, epsilon, sums)
         return [mean * q_i for q_i in quotients], mean
 
 
@@ -239,7 +249,7 @@ class Spectral(Preconditioner):
     def __post_init__(self):
         self._check("vector_length", lambda x: is_number(x) and x > 0, "be a number above 0")
 
-    def apply(self, state, g, w, epsilon):
+    def apply(self, state, g, w, epsilon, sums):
         shapes = [matrix_shape(g_i.shape) for g_i in g]
         kernels = [i for i, g_i in enumerate(g) if len(g_i.shape) > 1]
         factors = polar_factors([ops.reshape(g[i], shapes[i]) for i in kernels])

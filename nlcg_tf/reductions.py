@@ -1,7 +1,5 @@
 """Sums over all variables of a model whose bits do not depend on the number of threads."""
 
-import contextlib
-import contextvars
 import math
 
 from keras import ops
@@ -38,63 +36,38 @@ def norm(x):
     return ops.sqrt(total(x * x))
 
 
-# Where each worker updates a shard: what makes its sums those over all workers.
-_shards = contextvars.ContextVar("shards", default=None)
+class Sums:
+    """Sums over the elements of all variables, which this worker holds whole.
 
-
-@contextlib.contextmanager
-def over_workers(shards):
-    """Context in which each worker holds a shard of the parameters, and sums run over all.
-
-    Args:
-        shards: object with `elements`, how many there are in all shards, and with `sum(x)`, from
-            sums over this worker's shard to those over all; and with `pieces(xs)`, from the shards
-            to the whole variables that make them up, and `join(xs)`, back again.
+    A worker that holds a shard of them sums by a subclass, `nlcg_tf.horovod.sharding.SumsOfShards`.
     """
-    token = _shards.set(shards)
-    try:
-        yield
-    finally:
-        _shards.reset(token)
 
+    is_divided = False
 
-def are_divided():
-    """Whether this worker holds a shard of the parameters only."""
-    return _shards.get() is not None
+    def over_workers(self, own):
+        """From sums over what this worker holds, a tensor, to those over all."""
+        return own
 
+    def sum(self, xs):
+        """The sum of all elements of a list of tensors."""
+        return self.over_workers(ops.sum(ops.stack([total(x) for x in xs])))
 
-def pieces(shards):
-    """The variables, or what has their shapes, that make up this worker's shards."""
-    return _shards.get().pieces(shards) if are_divided() else shards
+    def dot(self, xs, ys):
+        """The inner product of two lists of tensors, taken as two long vectors."""
+        return self.sum([x * y for x, y in zip(xs, ys)])
 
+    def count(self, xs):
+        """How many elements a list of tensors has, an int."""
+        return sum(math.prod(x.shape) for x in xs)
 
-def join(tensors):
-    """The shards that `pieces` took apart."""
-    return _shards.get().join(tensors) if are_divided() else tensors
+    def all_finite(self, xs):
+        """True where no element of any tensor is infinite or NaN: a scalar boolean tensor."""
+        return ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in xs]))
 
+    def pieces(self, shards):
+        """The whole variables, or what has their shapes, that make up this worker's shards."""
+        return shards
 
-def sum_of_shards(own):
-    """From sums over this worker's shard to those over all shards."""
-    return _shards.get().sum(own)
-
-
-def sum_all(xs):
-    """The sum of all elements of a list of tensors."""
-    own = ops.sum(ops.stack([total(x) for x in xs]))
-    return sum_of_shards(own) if are_divided() else own
-
-
-def dot(xs, ys):
-    """The inner product of two lists of tensors, taken as two long vectors."""
-    return sum_all([x * y for x, y in zip(xs, ys)])
-
-
-def count(xs):
-    """How many elements a list of tensors has, an int."""
-    return _shards.get().elements if are_divided() else sum(math.prod(x.shape) for x in xs)
-
-
-def all_finite(tensors):
-    """True where no element of any tensor is infinite or NaN: a scalar boolean tensor."""
-    finite = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in tensors]))
-    return sum_of_shards(ops.cast(~finite, "float32")) == 0 if are_divided() else finite
+    def join(self, tensors):
+        """The shards that `pieces` took apart."""
+        return tensors

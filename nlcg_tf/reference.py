@@ -27,7 +27,7 @@ from keras import ops
 
 from nlcg_tf import direction, noise
 from nlcg_tf.preconditioner import Preconditioner, apply
-from nlcg_tf.reductions import all_finite, dot, total
+from nlcg_tf.reductions import total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
 REALS: tuple[str, ...] = (
@@ -82,6 +82,7 @@ class Stages:
 
         self.optimizer = optimizer
         self.preconditioner = optimizer.preconditioner or Preconditioner()
+        self.sums = optimizer.sums
         self.blends = optimizer.update_rule == "blended"
         self.old = dict(zip(optimizer.real_names, _unstack(variables["reals"])))
         self.old.update(zip(COUNTS, _unstack(variables["counts"])))
@@ -120,8 +121,7 @@ class Stages:
         ):
             before = self.kept_before
             if before is None:
-                epsilon = self.optimizer.epsilon
-                before, _ = apply(self.preconditioner, self.state, self.g_prev, None, epsilon)
+                before, _ = self._precondition(self.g_prev, None)
             self.preconditioned_before = before
         if needs_step:
             step = self._look_ahead(
@@ -133,9 +133,9 @@ class Stages:
             y = [g_i - p_i for g_i, p_i in zip(self.g, self.g_prev)]
             s = [size_i * step_i for size_i, step_i in zip(sizes, step)]
         if self.preconditioner.uses_steps:
-            curvature = dot(y, s)
+            curvature = self.sums.dot(y, s)
         if self.blends:
-            slopes = dot(self.g, s), dot(self.g_prev, s)
+            slopes = self.sums.dot(self.g, s), self.sums.dot(self.g_prev, s)
             means = old["prediction_error"], old["predicted_change"]
             gain_ratio, prediction_error, predicted_change = noise.measure_gain_ratio(
                 self.loss, old["last_loss"], *slopes, *means, old["updates"]
@@ -146,20 +146,20 @@ class Stages:
                 predicted_change=predicted_change,
             )
         self.state, self.accepted = self.preconditioner.update(
-            self.state, self.g, self.weights, y, s, gain_ratio
+            self.state, self.g, self.weights, y, s, gain_ratio, self.sums
         )
         self.new.update(curvature=curvature, gain_ratio=gain_ratio)
 
     def finish_direction(self):
         """beta and the direction; with the blended rule the length of the step."""
         old, optimizer, gain_ratio = self.old, self.optimizer, self.new["gain_ratio"]
-        z, mean = apply(self.preconditioner, self.state, self.g, self.weights, optimizer.epsilon)
+        z, mean = self._precondition(self.g, self.weights)
         self.preconditioned = z
-        delta_new = dot(self.g, z)
+        delta_new = self.sums.dot(self.g, z)
         if self.blends:
             beta = direction.blended(delta_new, old["delta"], gain_ratio, optimizer.momentum)
         elif optimizer.update_rule == "polak_ribiere":
-            delta_mid = dot(self.g, self.preconditioned_before)
+            delta_mid = self.sums.dot(self.g, self.preconditioned_before)
             beta = direction.polak_ribiere(delta_new, delta_mid, old["delta"])
         else:
             beta = direction.fletcher_reeves(delta_new, old["delta"])
@@ -172,6 +172,9 @@ class Stages:
             self._set_length()
         self.new.update(delta=delta_new, step_size=self.alpha, beta=beta, preconditioner_mean=mean)
 
+    def _precondition(self, g, w):
+        return apply(self.preconditioner, self.state, g, w, self.optimizer.epsilon, self.sums)
+
     def _look_ahead(self, preconditioned, d, beta, gain_ratio, clip_factor=1.0):
         """d, or with Nesterov's look-ahead z + beta d as far as gradients are noise."""
         if not self.optimizer.nesterov:
@@ -183,10 +186,10 @@ class Stages:
     def _set_length(self):
         """Gradient-norm normalization and update clipping."""
         old, new = self.old, self.new
-        square = dot(self.g, self.g)
+        square = self.sums.dot(self.g, self.g)
         means = old["mean_squared_norm"], old["first_squared_norm"]
         factor, mean_squared_norm, first = noise.norm_factor(square, *means, new["gain_ratio"])
-        norm = factor * ops.sqrt(dot(self.step, self.step))
+        norm = factor * ops.sqrt(self.sums.dot(self.step, self.step))
         momentum = self.optimizer.momentum
         clip_factor, mean_update_norm = noise.update_clip(norm, old["mean_update_norm"], momentum)
         self.d = [clip_factor * d_i for d_i in self.d]
@@ -206,11 +209,11 @@ class Stages:
             (w_i - w_i * decay * self.learning_rate if decay else w_i) + size_i * step_i
             for w_i, step_i, size_i, decay in zip(self.w, self.step, sizes, weight_decays)
         ]
-        squares = dot(self.g, self.g), dot(self.step, self.step)
-        self.new["cosine"] = cosine(dot(self.g, self.step), *squares)
+        squares = self.sums.dot(self.g, self.g), self.sums.dot(self.step, self.step)
+        self.new["cosine"] = cosine(self.sums.dot(self.g, self.step), *squares)
         # Nothing changes if anything is not finite.
         checked = [*self.g, self.alpha]
-        self.applied = all_finite(checked if self.loss is None else [*checked, self.loss])
+        self.applied = self.sums.all_finite(checked if self.loss is None else [*checked, self.loss])
 
     def assign(self, variables):
         """Assigns what the update made, or leaves every bit as it was."""

@@ -11,7 +11,6 @@ from typing import Any
 import keras
 
 from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, apply
-from nlcg_tf.reductions import are_divided, count, sum_of_shards
 from nlcg_tf.reference import COUNTS, OWN_SLOTS, REALS, cosine
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
@@ -164,7 +163,7 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
         update_rule=optimizer.update_rule,
         nesterov=optimizer.nesterov,
     )
-    if are_divided():
+    if optimizer.sums.is_divided:
         _update_shards(run, optimizer, variables)
     else:
         run(known_sums=[])
@@ -210,8 +209,9 @@ def _precondition(optimizer, gradients, variables):
     if preconditioner.uses_weights:
         weights = [tf.convert_to_tensor(v) for v in variables["weights"]]
     gain_ratio = tf.zeros((), dtype)
-    state, _ = preconditioner.update(state, gradients, weights, None, None, gain_ratio)
-    preconditioned, mean = apply(preconditioner, state, gradients, weights, optimizer.epsilon)
+    sums = optimizer.sums
+    state, _ = preconditioner.update(state, gradients, weights, None, None, gain_ratio, sums)
+    preconditioned, mean = apply(preconditioner, state, gradients, weights, optimizer.epsilon, sums)
     return preconditioned, state, mean
 
 
@@ -243,10 +243,10 @@ def _update_shards(run, optimizer, variables):
     import tensorflow as tf
 
     sweeps = ["curvature"] if isinstance(optimizer.preconditioner, DiagonalBFGS) else []
-    known = []
+    known, elements = [], optimizer.sums.count(variables["weights"])
     for sweep in [*sweeps, "direction", "step"]:
-        sums = run(sweep=sweep, known_sums=known, elements=count(variables["weights"]))
-        known.append(sum_of_shards(sums))
+        sums = run(sweep=sweep, known_sums=known, elements=elements)
+        known.append(optimizer.sums.over_workers(sums))
     # The op could tell the cosine over its own part only.
     _set_real(variables, "cosine", cosine(*tf.unstack(known[-1][:3])))
 

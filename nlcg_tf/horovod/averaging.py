@@ -24,6 +24,10 @@ COMES_TO_THE_AVERAGE = (keras.optimizers.Optimizer.apply, ObservesLoss.apply)
 class Averaging(CountsUpdates):
     """Mixin for a Keras optimizer; see `DistributedOptimizer`."""
 
+    _are_compared = False  # the first update of all workers
+    _has_applied = False
+    _without_average = 0  # calls of `apply` since the last average
+
     def _clip_gradients(self, grads):
         # Keras comes here once an update, after accumulation and before clipping and the update.
         if not self._averages_first:
@@ -36,10 +40,10 @@ class Averaging(CountsUpdates):
         return super().apply.__func__ not in COMES_TO_THE_AVERAGE
 
     def apply(self, grads, trainable_variables=None):
-        object.__setattr__(self, "_has_applied", True)
+        self._has_applied = True
         grads = list(grads)
         self._compare(grads, trainable_variables)
-        self._count_updates_without_average(self._without_average + 1)
+        self._without_average += 1
         if self._averages_first:
             grads = self._reduce(grads)
         with shared_by(share):
@@ -50,7 +54,7 @@ class Averaging(CountsUpdates):
             raise self._train_apart("`apply`", "`_clip_gradients`")
 
     def apply_gradients(self, grads_and_vars, **kwargs):
-        object.__setattr__(self, "_has_applied", False)
+        self._has_applied = False
         result = super().apply_gradients(grads_and_vars, **kwargs)
         if not self._has_applied:
             raise self._train_apart("`apply_gradients`", "`apply`")
@@ -62,9 +66,6 @@ class Averaging(CountsUpdates):
             f"over the workers, which would train apart: it does not come to Keras' {place}. "
             "Distribute an optimizer that updates all variables itself."
         )
-
-    def _count_updates_without_average(self, count):
-        object.__setattr__(self, "_without_average", count)
 
     def _compare(self, grads, variables):
         """Refuses what would make the workers wait for each other for ever, in the first update.
@@ -90,7 +91,7 @@ class Averaging(CountsUpdates):
         for worker, found in enumerate(others, 1):
             _compare_settings(settings[0], found[0], worker)
             _compare_kinds(settings[1], found[1], worker, variables)
-        object.__setattr__(self, "_are_compared", True)
+        self._are_compared = True
 
     def _compare_again(self, grads):
         """Outside of graphs another variable may be without a gradient in each update."""
@@ -134,7 +135,7 @@ class Averaging(CountsUpdates):
         return texts
 
     def _reduce(self, grads):
-        self._count_updates_without_average(0)
+        self._without_average = 0
         dense = [tf.convert_to_tensor(g) for g in grads if g is not None]
         extra = self._averaged_scalars()
         averages = average(

@@ -72,8 +72,8 @@ class ElasticState(ObjectState):
 
     def _gathered(self):
         return [
-            {key: gather([x.value])[0].numpy() for key, x in sorted(optimizer.slot_shards.items())}
-            for optimizer in self._sharded
+            {key: gather([x.value])[0].numpy() for key, x in sorted(one.division.slots.items())}
+            for one in self._sharded
         ]
 
     def _share_whole(self):
@@ -84,8 +84,8 @@ class ElasticState(ObjectState):
         whole = []
         for i, optimizer in enumerate(self._sharded):
             whole.append({})
-            for name, number in sorted(optimizer.slot_shards):
-                layout = optimizer.layouts[number]
+            for name, number in sorted(optimizer.division.slots):
+                layout = optimizer.division.layouts[number]
                 vector = tf.zeros([layout.elements], layout.dtype)
                 if hvd.rank() == 0:
                     vector = self._whole[i][name, number]

@@ -62,10 +62,9 @@ def DistributedOptimizer(
         _exchange_class(target, Sharded)
     else:
         _exchange_class(target, Averaging)
-    state = {"_wire_dtype": COMPRESSIONS[compression], "_average_with": tuple(average_with)}
-    state |= {"_are_compared": False, "_has_applied": False, "_without_average": 0}
-    for name, value in state.items():
-        object.__setattr__(target, name, value)  # not by Keras', which would track it
+    target._wire_dtype = COMPRESSIONS[compression]
+    # Not by Keras' `__setattr__`, which would count them as variables of the optimizer.
+    object.__setattr__(target, "_average_with", tuple(average_with))
     for each in {id(x): x for x in (optimizer, target)}.values():
         # In a graph it is part of the names by which Horovod knows what the workers do together;
         # Keras counts optimizers of one class up, and a worker may have made more of them.

@@ -5,6 +5,7 @@ all-reduce of the gradients come its two halves: the gradients are reduce-scatte
 updates its shard of the weights with its shard of the state, and the weights are gathered.
 """
 
+import collections
 import dataclasses
 import math
 
@@ -14,13 +15,14 @@ import numpy as np
 import tensorflow as tf
 from keras import optimizers
 
-from nlcg_tf import reductions
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
 from nlcg_tf.horovod.layout import divide
+from nlcg_tf.horovod.whole import RecordsSlots, take_own_shard, whole_optimizer
 from nlcg_tf.optimizer import NLCG
 from nlcg_tf.polar import shared_by
+from nlcg_tf.reductions import Sums
 
 # Each element's update depends on that element alone, and on what all share.
 ELEMENTWISE = (
@@ -80,15 +82,27 @@ def why_not(optimizer):
     return None
 
 
-class Shards:
-    """What sums over shards of the parameters need to know; see `reductions.over_workers`."""
+class SumsOfShards(Sums):
+    """Sums over all variables, of which each worker holds a shard.
+
+    Args:
+        layouts: list of `Layout`.
+    """
+
+    is_divided = True
 
     def __init__(self, layouts):
-        self.elements = sum(layout.elements for layout in layouts)
+        self._elements = sum(layout.elements for layout in layouts)
         self._shapes = [layout.own_shapes for layout in layouts]
 
-    def sum(self, x):
-        return hvd.allreduce(x, op=hvd.Sum, name="Horovod_sum_of_shards")
+    def over_workers(self, own):
+        return hvd.allreduce(own, op=hvd.Sum, name="Horovod_sum_of_shards")
+
+    def count(self, xs):
+        return self._elements
+
+    def all_finite(self, xs):
+        return self.over_workers(tf.cast(~super().all_finite(xs), tf.float32)) == 0
 
     def pieces(self, vectors):
         tensors = []
@@ -106,26 +120,6 @@ class Shards:
         return vectors
 
 
-class RecordsSlots:
-    """Mixin for a Keras optimizer: what it keeps for each variable, in `recorded_slots`.
-
-    A dict from `(name, position of the variable)` to the optimizer's variable.
-    """
-
-    def build(self, variables):
-        object.__setattr__(self, "recorded_slots", {})
-        super().build(variables)
-
-    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
-        slot = self._new_slot(reference_variable, name, initializer)
-        names = [recorded for recorded, _ in self.recorded_slots]
-        self.recorded_slots[name, names.count(name)] = slot
-        return slot
-
-    def _new_slot(self, reference, name, initializer):
-        return super().add_variable_from_reference(reference, name, initializer)
-
-
 class KeepsShards:
     """Mixin for what is saved as a whole: a sharded optimizer, or a loss scale around one."""
 
@@ -141,8 +135,6 @@ class KeepsShards:
 
     def load_own_variables(self, store):
         """Restores this worker's shard of a whole state; to be called on every worker."""
-        from nlcg_tf.horovod.whole import take_own_shard, whole_optimizer
-
         if not self.built:
             super().load_own_variables(store)  # Keras warns that there are no slots yet
             return
@@ -154,6 +146,21 @@ class KeepsShards:
             take_own_shard(self, whole)
 
 
+@dataclasses.dataclass
+class Division:
+    """What a worker keeps of an optimizer. Keras does not look into it for variables.
+
+    Attributes:
+        layouts: list of `Layout`.
+        weights: list of Keras variables, this worker's shard of the weights of each layout.
+        slots: dict from `(name, number of the layout)` to the slot of that shard.
+    """
+
+    layouts: list = dataclasses.field(default_factory=list)
+    weights: list = dataclasses.field(default_factory=list)
+    slots: dict = dataclasses.field(default_factory=dict)
+
+
 class Sharded(KeepsShards, RecordsSlots, Averaging):
     """Mixin for a Keras optimizer; see `DistributedOptimizer(shard=True)`.
 
@@ -161,9 +168,8 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
     flat variables, each of one dtype and of variables with or without weight decay.
 
     Attributes:
-        layouts: list of `Layout`.
-        shards: list of variables, this worker's shard of the weights of each layout.
-        slot_shards: dict of the recorded slots that hold this worker's shard only.
+        division: a `Division`.
+        sums: a `SumsOfShards`.
     """
 
     def build(self, variables):
@@ -178,28 +184,25 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         preconditioner = getattr(self, "preconditioner", None)
         whole = preconditioner is not None and preconditioner.couples == "variable"
         layouts = divide(variables, self._use_weight_decay, whole, hvd.size(), hvd.rank())
-        shards = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
-        kept = {"layouts": layouts, "shards": shards, "recorded_slots": {}}
-        # Not by Keras' `__setattr__`, which would count them as variables of the optimizer.
-        for name, value in kept.items():
-            object.__setattr__(self, name, value)
+        weights = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
+        self.division, self.sums = Division(layouts, weights), SumsOfShards(layouts)
         # Accumulated gradients and averages of the weights are those of the whole variables.
+        self.recorded_slots = collections.UserDict()
         optimizers.Optimizer.build(self, variables)
-        whole = dict(self.recorded_slots)
+        of_the_whole = self.recorded_slots
         settings = {name: getattr(self, name) for name in _OF_THE_WHOLE}
         self.built, self.use_ema, self.gradient_accumulation_steps = False, False, None
         before = len(self.variables)
         try:
-            with reductions.over_workers(Shards(layouts)):
-                super().build(shards)
+            super().build(weights)
         finally:
             for name, value in settings.items():
                 setattr(self, name, value)
         self._check_slots(self.variables[before:])
-        object.__setattr__(self, "_trainable_variables", variables)
-        object.__setattr__(self, "slot_shards", self.recorded_slots)
-        object.__setattr__(self, "recorded_slots", {**whole, **self.slot_shards})
-        for slot in self.slot_shards.values():
+        object.__setattr__(self, "_trainable_variables", variables)  # Keras would track a list
+        self.division.slots = dict(self.recorded_slots)
+        self.recorded_slots |= of_the_whole
+        for slot in self.division.slots.values():
             slot.shard_of = self  # what compares and broadcasts variables passes over it
 
     def _check_slots(self, made):
@@ -216,16 +219,17 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         """Gives the workers that there are now their shards of a whole state.
 
         Args:
-            whole: dict from the keys of `slot_shards` to whole vectors.
+            whole: dict from the keys of `division.slots` to whole vectors.
         """
         workers = {"workers": hvd.size(), "rank": hvd.rank()}
-        layouts = [dataclasses.replace(layout, **workers) for layout in self.layouts]
-        object.__setattr__(self, "layouts", layouts)
-        for i, (layout, shard) in enumerate(zip(layouts, self.shards)):
+        division = self.division
+        division.layouts = [dataclasses.replace(layout, **workers) for layout in division.layouts]
+        self.sums = SumsOfShards(division.layouts)
+        for i, (layout, shard) in enumerate(zip(division.layouts, division.weights)):
             _resize(shard, np.zeros(layout.lengths[layout.rank], layout.dtype))
             self._trainable_variables_indices[self._var_key(shard)] = i
-        for (name, number), shard in self.slot_shards.items():
-            begin, end = layouts[number].range()
+        for (name, number), shard in division.slots.items():
+            begin, end = division.layouts[number].range()
             _resize(shard, whole[name, number][begin:end])
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
@@ -237,14 +241,15 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         super().exclude_from_weight_decay(var_list, var_names)
 
     def _updated_weights(self):
-        return self.shards
+        return self.division.weights
 
     def _new_shard(self, number, layout, variables):
         shard = layout.own_shard([variables[i].value for i in layout.indices])
         return keras.Variable(shard, dtype=layout.dtype, name=f"shard_{number}")
 
     def _use_weight_decay(self, variable):
-        for shard, layout in zip(getattr(self, "shards", ()), getattr(self, "layouts", ())):
+        division = getattr(self, "division", Division())
+        for shard, layout in zip(division.weights, division.layouts):
             if variable is shard or variable is shard.value:  # Keras asks with either
                 return layout.decays
         return super()._use_weight_decay(variable)
@@ -282,14 +287,14 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
 
     def _reduce(self, grads):
         """This worker's shards of the mean gradients, in place of the gradients."""
-        self._count_updates_without_average(0)
+        self._without_average = 0
         extra = self._averaged_scalars()
         if extra:
             means = average([tf.convert_to_tensor(x) for x in extra])
             for variable, mean in zip(extra, means):
                 variable.assign(mean)
         shards = []
-        for layout in self.layouts:
+        for layout in self.division.layouts:
             own = [tf.convert_to_tensor(grads[i]) for i in layout.indices]
             vector = self._compress(layout.flatten([tf.cast(g, layout.dtype) for g in own]))
             shard = tf.cast(reduce_scatter(vector, layout.lengths), layout.dtype)
@@ -300,9 +305,8 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         if not self.global_clipnorm:
             return super()._clip_gradients(grads)
         shards = self._reduce(grads)
-        with reductions.over_workers(Shards(self.layouts)):
-            dtype = keras.backend.result_type(*(x.dtype for x in shards))
-            norm = tf.sqrt(reductions.sum_all([tf.cast(x * x, dtype) for x in shards]))
+        dtype = keras.backend.result_type(*(x.dtype for x in shards))
+        norm = tf.sqrt(self.sums.sum([tf.cast(x * x, dtype) for x in shards]))
         scale = self.global_clipnorm / tf.maximum(norm, self.global_clipnorm)
         # As Keras': a norm that is not finite makes gradients that are not.
         scale = tf.where(tf.math.is_finite(norm), scale, float("nan"))
@@ -310,25 +314,25 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
 
     def _apply_weight_decay(self, variables):
         # Keras calls it with the model's variables; their shards decay in the update.
-        if variables is getattr(self, "shards", None):
+        if variables is self.division.weights:
             super()._apply_weight_decay(variables)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         self._update_shards(grads, learning_rate)
-        vectors = gather([tf.convert_to_tensor(shard) for shard in self.shards])
-        for layout, vector in zip(self.layouts, vectors):
+        vectors = gather([tf.convert_to_tensor(shard) for shard in self.division.weights])
+        for layout, vector in zip(self.division.layouts, vectors):
             for i, value in zip(layout.indices, layout.restore(vector)):
                 self._trainable_variables[i].value.assign(value)
 
     def _update_shards(self, grads, learning_rate):
-        """Updates this worker's shard of the weights, in `shards`."""
+        """Updates this worker's shard of the weights, in `division.weights`."""
         weights = [v.value for v in self._trainable_variables]
-        for layout, shard in zip(self.layouts, self.shards):
+        for layout, shard in zip(self.division.layouts, self.division.weights):
             shard.assign(layout.own_shard([weights[i] for i in layout.indices]))
         # The factors of a shard are this worker's alone.
-        with reductions.over_workers(Shards(self.layouts)), shared_by(None):
-            self._apply_weight_decay(self.shards)
-            super()._backend_update_step(grads, self.shards, learning_rate)
+        with shared_by(None):
+            self._apply_weight_decay(self.division.weights)
+            super()._backend_update_step(grads, self.division.weights, learning_rate)
 
 
 def _resize(variable, value):

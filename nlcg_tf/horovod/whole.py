@@ -1,5 +1,6 @@
 """The whole state of a sharded optimizer: in the layout of one that was never divided."""
 
+import collections
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,6 @@ import keras
 import tensorflow as tf
 
 from nlcg_tf.horovod.collectives import broadcast, broadcast_first, gather
-from nlcg_tf.horovod.sharding import RecordsSlots, Sharded
 
 
 @contextlib.contextmanager
@@ -56,9 +56,9 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
         except Exception as error:
             failure = error
     _end_together(failure)
-    for name, number in sorted(inner.slot_shards):
-        layout = inner.layouts[number]
-        (vector,) = gather([tf.convert_to_tensor(inner.slot_shards[name, number])])
+    for name, number in sorted(inner.division.slots):
+        layout = inner.division.layouts[number]
+        (vector,) = gather([tf.convert_to_tensor(inner.division.slots[name, number])])
         if whole is not None:
             for i, value in zip(layout.indices, layout.restore(vector)):
                 _plain(whole).recorded_slots[name, i].assign(value)
@@ -80,15 +80,15 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
         ValueError: for another optimizer; on the other workers a RuntimeError if `whole` is none.
     """
     inner = _sharded(optimizer)
-    wanted = {key for key in inner.recorded_slots if key not in inner.slot_shards}
-    for name, number in inner.slot_shards:
-        wanted.update((name, i) for i in inner.layouts[number].indices)
+    wanted = {key for key in inner.recorded_slots if key not in inner.division.slots}
+    for name, number in inner.division.slots:
+        wanted.update((name, i) for i in inner.division.layouts[number].indices)
     failure = None
     if hvd.rank() == 0 and set(getattr(_plain(whole), "recorded_slots", ())) != wanted:
         failure = ValueError(f"`whole` must be of `whole_optimizer`. Received: whole={whole!r}")
     _end_together(failure)
-    for name, number in sorted(inner.slot_shards):
-        layout = inner.layouts[number]
+    for name, number in sorted(inner.division.slots):
+        layout = inner.division.layouts[number]
         if hvd.rank() == 0:
             slots = _plain(whole).recorded_slots
             vector = layout.flatten([slots[name, i].value for i in layout.indices])
@@ -96,7 +96,7 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
             vector = tf.zeros([layout.elements], layout.dtype)
         vector = broadcast_first(vector)
         begin, end = layout.range()
-        inner.slot_shards[name, number].assign(vector[begin:end])
+        inner.division.slots[name, number].assign(vector[begin:end])
     if whole is not None:
         for own, of_whole in _shared_state(optimizer, whole):
             own.assign(of_whole)
@@ -111,8 +111,8 @@ def take_own_shard(optimizer: keras.optimizers.Optimizer, whole: Any) -> None:
         whole: of `whole_optimizer`.
     """
     inner = _sharded(optimizer)
-    for (name, number), shard in inner.slot_shards.items():
-        layout, slots = inner.layouts[number], _plain(whole).recorded_slots
+    for (name, number), shard in inner.division.slots.items():
+        layout, slots = inner.division.layouts[number], _plain(whole).recorded_slots
         shard.assign(layout.own_shard([slots[name, i].value for i in layout.indices]))
     for own, of_whole in _shared_state(optimizer, whole):
         own.assign(of_whole)
@@ -136,14 +136,34 @@ def whole_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
 
 
 def first_state(optimizer):
-    """A sharded optimizer's whole first state: a vector for each key of its `slot_shards`."""
+    """A sharded optimizer's whole first state: a vector for each key of its `division.slots`."""
     inner, slots = _sharded(optimizer), _plain(whole_optimizer(optimizer)).recorded_slots
     vectors = {}
-    for name, number in inner.slot_shards:
-        layout = inner.layouts[number]
+    for name, number in inner.division.slots:
+        layout = inner.division.layouts[number]
         values = [slots[name, i].value for i in layout.indices]
         vectors[name, number] = layout.flatten(values).numpy()
     return vectors
+
+
+class RecordsSlots:
+    """Mixin for a Keras optimizer: what it keeps for each variable, in `recorded_slots`.
+
+    A mapping from `(name, position of the variable)` to the optimizer's variable.
+    """
+
+    def build(self, variables):
+        self.recorded_slots = collections.UserDict()  # Keras looks for variables in a dict
+        super().build(variables)
+
+    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros"):
+        slot = self._new_slot(reference_variable, name, initializer)
+        names = [recorded for recorded, _ in self.recorded_slots]
+        self.recorded_slots[name, names.count(name)] = slot
+        return slot
+
+    def _new_slot(self, reference, name, initializer):
+        return super().add_variable_from_reference(reference, name, initializer)
 
 
 class _InHostMemory(RecordsSlots):
@@ -168,15 +188,20 @@ def _shared_state(optimizer, whole):
     pairs = [
         (slot, plain.recorded_slots[key])
         for key, slot in inner.recorded_slots.items()
-        if key not in inner.slot_shards
+        if key not in inner.division.slots
     ]
     rest = []
     for one, slots in ((optimizer, inner.recorded_slots), (whole, plain.recorded_slots)):
         # A worker's shard has no `curvature_sums`: in the whole state they are not known.
         known = {id(slot) for slot in [*slots.values(), getattr(_plain(one), "curvature_sums", 0)]}
         rest.append([v for v in one.variables if id(v) not in known])
-    # What has a row for each variable is known for this division alone.
-    return [*pairs, *((a, b) for a, b in zip(*rest) if a.shape == b.shape)]
+    for own, of_whole in (rest := list(zip(*rest, strict=True))):
+        if own.shape != of_whole.shape:
+            raise ValueError(
+                f"'{own.name}' of a sharded optimizer must have the shape {of_whole.shape} of the "
+                f"whole one's, or be a slot. Received: shape={own.shape}"
+            )
+    return [*pairs, *rest]
 
 
 def _plain(optimizer):
@@ -185,7 +210,7 @@ def _plain(optimizer):
 
 def _sharded(optimizer):
     inner = _plain(optimizer)
-    if not issubclass(type(inner), Sharded) or not inner.built:
+    if not hasattr(inner, "division") or not inner.built:
         raise ValueError(
             "`optimizer` must be made by `DistributedOptimizer(shard=True)` and built. Received: "
             f"optimizer={optimizer!r}"

@@ -77,7 +77,9 @@ class Side:
         return lambda: (update(), optimizer.iterations.numpy())
 
     def slot_bytes(self):
-        slots = getattr(self.optimizer, "slot_shards", {}).values() or self.optimizer.variables
+        slots = self.optimizer.variables
+        if hasattr(self.optimizer, "division"):
+            slots = self.optimizer.division.slots.values()
         return sum(4 * math.prod(v.shape) for v in slots if len(v.shape))
 
     def _observe(self):

@@ -101,9 +101,9 @@ def check_sharded_updates_equal_those_of_whole_state():
             hvd.check_identical([*models[1].variables, *optimizers[1].variables])
             # Each worker has its part of each slot; they differ in size by one at most, unless
             # variables stay whole.
-            own = [sum(v.shape[0] for v in optimizers[1].slot_shards.values())]
+            own = [sum(v.shape[0] for v in optimizers[1].division.slots.values())]
             sizes = np.array(hvd.allgather_object(own)).ravel()
-            slots = optimizers[1].slot_shards
+            slots = optimizers[1].division.slots
             kinds = len({slot for slot, _ in slots})
             assert sizes.sum() == kinds * 49, (name, sizes)
             if not name.startswith("spectral"):
@@ -158,8 +158,8 @@ def check_a_saved_model_has_the_whole_state():
     other.compile(optimizer=distributed("blended", True, {}), loss="mse")
     other.optimizer.build(other.trainable_variables)
     other.load_weights(path)
-    for key, part in model.optimizer.slot_shards.items():
-        np.testing.assert_array_equal(other.optimizer.slot_shards[key], part)
+    for key, part in model.optimizer.division.slots.items():
+        np.testing.assert_array_equal(other.optimizer.division.slots[key], part)
     if hvd.rank() == 1:
         other.optimizer.iterations.assign(0)
     callback = hvd.BroadcastVariables()
@@ -255,14 +255,14 @@ def check_sharded_workers_skip_an_overflow_together():
         if hvd.rank() == 0:
             model.optimizer.save_own_variables(store := {})
         store = hvd.broadcast_object(store if hvd.rank() == 0 else None)
-    before = {key: np.array(part) for key, part in inner.slot_shards.items()}
+    before = {key: np.array(part) for key, part in inner.division.slots.items()}
     assert float(optimizer.dynamic_scale) == 4.0
     optimizer.dynamic_scale.assign(16.0)
-    for part in inner.slot_shards.values():
+    for part in inner.division.slots.values():
         part.assign(part + 1)
     optimizer.load_own_variables(store)
     assert float(optimizer.dynamic_scale) == 4.0
-    for key, part in inner.slot_shards.items():
+    for key, part in inner.division.slots.items():
         np.testing.assert_array_equal(before[key], part)
     optimizer.dynamic_scale.assign(16.0)
     optimizer.load_own_variables({})  # Keras warns that there is nothing

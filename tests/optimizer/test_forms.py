@@ -16,10 +16,10 @@ class SignDescent(nlcg_tf.preconditioner.Preconditioner):
     def initial_state(self, shape):
         return {"calls": (shape, 0.0)}
 
-    def update(self, state, g, w, y, s, gain_ratio):
+    def update(self, state, g, w, y, s, gain_ratio, sums):
         return {"calls": [calls + 1 for calls in state["calls"]]}, True
 
-    def apply(self, state, g, w, epsilon):
+    def apply(self, state, g, w, epsilon, sums):
         return [keras.ops.sign(g_i) for g_i in g], keras.ops.ones(())
 
 

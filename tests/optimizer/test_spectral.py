@@ -192,14 +192,14 @@ class WholeKernels(nlcg_tf.preconditioner.Preconditioner):
     def initial_state(self, shape):
         return {"rows": (shape[:1], 1.0)} if len(shape) > 1 else {}
 
-    def update(self, state, g, w, y, s, gain_ratio):
+    def update(self, state, g, w, y, s, gain_ratio, sums):
         rows = [
             None if old is None else old / 2 + keras.ops.mean(g_i * g_i, axis=1) / 2
             for old, g_i in zip(state["rows"], g)
         ]
         return {"rows": rows}, True
 
-    def apply(self, state, g, w, epsilon):
+    def apply(self, state, g, w, epsilon, sums):
         assert len(w) == len(g)
         scaled = [
             g_i if rows is None else g_i / rows[:, None] for rows, g_i in zip(state["rows"], g)

@@ -22,11 +22,11 @@ class MeanSquares(Preconditioner):
     def initial_state(self, shape):
         return {"hessian_diagonal": (shape, 0.0)}
 
-    def update(self, state, g, w, y, s, gain_ratio):
+    def update(self, state, g, w, y, s, gain_ratio, sums):
         old = state["hessian_diagonal"]
         return {"hessian_diagonal": [v + 0.1 * (x * x - v) for x, v in zip(g, old)]}, True
 
-    def apply(self, state, g, w, epsilon):
+    def apply(self, state, g, w, epsilon, sums):
         roots = [keras.ops.sqrt(v) + epsilon for v in state["hessian_diagonal"]]
         return [x / root for x, root in zip(g, roots)], keras.ops.ones((), g[0].dtype)
 

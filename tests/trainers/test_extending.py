@@ -31,7 +31,7 @@ folder = pathlib.Path(sys.argv[1])
 @keras.saving.register_keras_serializable()
 @dataclasses.dataclass(frozen=True)
 class Doubled(Preconditioner):
-    def apply(self, state, g, w, epsilon):
+    def apply(self, state, g, w, epsilon, sums):
         return [2 * g_i for g_i in g], 0.5
 
 def load(data_dir, download):

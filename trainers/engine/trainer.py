@@ -44,7 +44,7 @@ class Trainer:
         # In mixed_float16 Keras' LossScaleOptimizer is around it.
         self.inner_optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         # One process shares with nobody.
-        self._is_sharded = hasattr(self.inner_optimizer, "slot_shards")
+        self._is_sharded = hasattr(self.inner_optimizer, "division")
         self._whole_optimizer = None  # on worker 0, to be saved or restored
         self.averages = [tf.Variable(v) for v in self.weights]
         self.updates = tf.Variable(0, dtype=tf.int64)
