@@ -1,9 +1,10 @@
-"""The conjugate direction's beta (Adya, Palakkode & Tuzel 2018, Algorithm 1), and a third rule.
+"""Formulas for beta, the weight of the past direction in the new one.
 
-The fourth, `"momentum"`, is a constant.
+`fletcher_reeves` and `polak_ribiere` are those of Adya, Palakkode & Tuzel 2018, Algorithm 1.
+`blended` is this package's own. The rule `"momentum"` is a constant and needs no function.
 
-delta_new is r^T z, the new residual r = -g times its preconditioned self z; delta is that number of
-the update before; delta_mid is the new residual times the old preconditioned one.
+With the gradient g and the preconditioner P, delta_new is g^T P g. delta is the delta_new of the
+previous update. delta_mid is g^T P g_prev, with the previous gradient g_prev.
 """
 
 from keras import ops

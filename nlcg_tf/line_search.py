@@ -97,11 +97,12 @@ class OnlineLineSearch(Configurable):
 class StepLineSearch(Configurable):
     """The default strategy of the authors' released code: steps by the loss's moving average.
 
-    Every `period` updates the ratio of the moving average to its value at the comparison before
-    multiplies the scale by the factor of the highest limit that it exceeds, and by
-    `increase_factor` where it exceeds none; the scale stays within [minimum_scale, 1]. The first
-    loss starts the average and is the first value to compare with. The released code also takes
-    back a part of the step before; that is left out.
+    Every `period` updates the moving average of the loss is compared with its value at the previous
+    comparison. If the ratio exceeds some of the `limits`, the scale is multiplied by the factor of
+    the highest of them. If it exceeds none, the scale is multiplied by `increase_factor`. The scale
+    stays within [minimum_scale, 1]. The average starts with the first loss, which is also the first
+    value to compare with. The released code also takes back a part of the last step; this class
+    does not.
 
     Args:
         period: int, updates between two comparisons.

@@ -18,7 +18,7 @@ def tell_inner_optimizers():
     for cls in classes:
         classes += cls.__subclasses__()
         original = vars(cls).get("scale_loss")
-        if original is not None and not hasattr(original, "tellsinner_optimizers"):
+        if original is not None and not hasattr(original, "tells_inner_optimizers"):
             cls.scale_loss = _telling(original)
 
 
@@ -33,7 +33,7 @@ def _telling(original):
                     optimizer.observe_loss(loss)
         return scaled
 
-    scale_loss.tellsinner_optimizers = True
+    scale_loss.tells_inner_optimizers = True
     return scale_loss
 
 

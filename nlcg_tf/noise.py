@@ -1,12 +1,12 @@
-"""How noisy the gradients are, measured by the loss; and two bounds on the length of an update.
+"""The gain ratio, which measures the noise in the gradients; and two limits on the step's length.
 
-Between the weights w - s and w the loss of one and the same batch changes by
+When the weights move from w - s to w, the loss of a fixed batch changes by
 
-    f - f_prev = (g + g_prev)^T s / 2 + O(|s|^3),
+    f - f_prev = (g + g_prev)^T s / 2 + O(|s|^3).
 
-exactly so where the loss is quadratic, however badly conditioned. The losses and gradients of two
-mini-batches differ by sampling noise besides, most often by many times as much. The gain ratio
-compares the two: 1 minus the mean prediction error over the mean predicted change.
+For a quadratic loss this is exact. The losses of two different mini-batches also differ by sampling
+noise, which is often many times as large. The gain ratio is 1 - error / change, where error is the
+mean error of this prediction and change is the mean predicted change.
 """
 
 from keras import ops

@@ -25,10 +25,22 @@ logger = logging.getLogger("nlcg_tf")
 
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimizer):
-    """Preconditioned nonlinear conjugate gradients for mini-batches of any size.
+    """Preconditioned nonlinear conjugate gradients: a Keras optimizer for large batches.
 
-    The whole weight vector w (all trainable variables together) moves along a conjugate direction d
-    of the preconditioned gradient. One update with gradient g:
+    For networks with batch norm use `NLCG(schedule, preconditioner="spectral")`, otherwise
+    `NLCG(learning_rate)`:
+
+    >>> model.compile(optimizer=nlcg_tf.NLCG(learning_rate=0.1), loss="mse")
+
+    In a custom training loop, pass the loss to the optimizer before the gradients:
+
+    >>> with tf.GradientTape() as tape:
+    ...     loss = loss_fn(model(x, training=True), y)
+    >>> optimizer.observe_loss(loss)
+    >>> optimizer.apply(tape.gradient(loss, variables), variables)
+
+    All trainable variables together form one weight vector w. It moves along a conjugate direction
+    d of the preconditioned gradient. One update with gradient g:
 
         z = -P g,  delta_new = -g^T z                          see `nlcg_tf.preconditioner`
         beta = r clip(delta_new / delta, 0, 1) + (1 - r) momentum
@@ -37,8 +49,9 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         w = w + alpha (d + (1 - r) (z + beta d - d))           Nesterov's look-ahead
 
     The gain ratio r in [0, 1] measures how well the gradients predicted the last change of the loss
-    (`nlcg_tf.noise`): full batches get conjugate gradients, noisy ones momentum. An update longer
-    than twice the running mean of their norms is clipped to that, and d with it.
+    (see `nlcg_tf.noise`). With full batches r is near 1, and this is a conjugate gradient method.
+    With noisy mini-batches r is near 0, and this is momentum. A step longer than twice the running
+    mean of the step norms is shortened to that, and d by the same factor.
 
     Algorithm 1 of the paper is `NLCG(update_rule="fletcher_reeves", preconditioner="bfgs",
     line_search="online", nesterov=False)`, with
@@ -48,29 +61,21 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         beta = momentum                                        "momentum"
         w = w + learning_rate learning_rate_scale d            see `nlcg_tf.line_search`
 
-    These three rules ignore the loss; the look-ahead is then applied in full.
+    These three rules do not use the loss. They apply the look-ahead in full, and they have neither
+    the factor (||g_first|| / ||g||)^(1 - r) nor the clipping.
 
-    For networks with batch norm take `preconditioner="spectral"`: each step moves a kernel along
-    the polar factor of its gradient, and the learning rate is a fraction of the kernel's norm.
+    With `preconditioner="spectral"` each step moves a kernel along the polar factor of its
+    gradient, and the learning rate is a fraction of the kernel's norm.
 
-    State: slots of the shape of each variable, 4 bytes a float32 parameter each: d; the
-    preconditioner's; the gradient before, where the rule or the preconditioner looks at it; and
-    with `"spectral"` under `"polak_ribiere"`, or `"blended"` with a look-ahead, P g of the update
-    before. And some scalars.
+    The state is some scalars, and slots of the shape of each variable. Each slot takes 4 bytes per
+    float32 parameter. There is a slot for d and those of the preconditioner. The previous gradient
+    is kept if the rule or the preconditioner uses it. The previous P g is kept with `"spectral"`
+    under `"polak_ribiere"`, or under `"blended"` with the look-ahead.
 
-    >>> model.compile(optimizer=nlcg_tf.NLCG(learning_rate=0.1), loss="mse")
-
-    A custom loop tells it the loss:
-
-    >>> with tf.GradientTape() as tape:
-    ...     loss = loss_fn(model(x, training=True), y)
-    >>> optimizer.observe_loss(loss)
-    >>> optimizer.apply(tape.gradient(loss, variables), variables)
-
-    An update whose gradient, loss or step size is not finite is skipped: weights and state keep
-    their bits, and `diagnostics()["skipped_updates"]` counts it. Under
-    `gradient_accumulation_steps=k` one update of k micro-batches equals one of the whole batch:
-    losses are averaged, schedules and EMA advance once an update.
+    An update is skipped if its gradient, loss or step size is not finite. It then changes neither
+    the weights nor the state, and `diagnostics()["skipped_updates"]` counts it. With
+    `gradient_accumulation_steps=k` one update of k micro-batches equals one update of the whole
+    batch: losses are averaged, and schedules and EMA advance once per update.
 
     Args:
         learning_rate: float, a `LearningRateSchedule` (a step is an update), or a callable.
@@ -82,18 +87,18 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             an object of `nlcg_tf.line_search` with thresholds of your own.
         nesterov: bool. Whether the step looks ahead along the coming direction, as Keras'
             `SGD(nesterov=True)`.
-        momentum: float in [0, 1): beta for `"momentum"`, and for `"blended"` that of gradients that
-            are nothing but noise.
+        momentum: float in [0, 1). The beta of `"momentum"`; for `"blended"`, the beta when the
+            gradients are pure noise.
         epsilon: float, at least 1e-37; added to what gradients are divided by.
         lars_coefficient: float > 0 or `None`. If set, the step of each variable v is scaled by
             lars_coefficient * ||v|| / (||d_v|| + epsilon) (You et al. 2017), and by 1 where v is
             all zero, which would never leave zero otherwise.
-        fused: `"auto"`: the fused op where it can be used, elsewhere the reference update in Keras
-            operations; `True`: the op, or an error where it cannot be used; `False`: the reference.
-            The op serves the TensorFlow backend without XLA and `tf.distribute` strategies, and
-            variables of float32 or float64; `"spectral"` and preconditioners of your own with the
-            rules `"momentum"` and `"fletcher_reeves"`. The logger "nlcg_tf" says at level DEBUG
-            which of the two runs.
+        fused: `"auto"` uses the fused op if possible, and otherwise the reference update in Keras
+            operations. `True` raises an error if the op cannot be used. `False` always uses the
+            reference update. The op needs the TensorFlow backend without XLA and without
+            `tf.distribute` strategies, and float32 or float64 variables. With `"spectral"` or a
+            preconditioner of your own it needs the rule `"momentum"` or `"fletcher_reeves"`. The
+            logger "nlcg_tf" reports at level DEBUG which of the two runs.
         name: string.
         **kwargs: every other argument of `keras.optimizers.Optimizer`, with its meaning.
 

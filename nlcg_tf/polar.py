@@ -23,11 +23,12 @@ SAFETY = 1.01
 
 
 def polar_factors(matrices):
-    """The nearest matrices with orthonormal columns, or rows where they are wide.
+    """The nearest matrices with orthonormal columns (orthonormal rows, if a matrix is wide).
 
-    For G = U S V^T the polar factor is U V^T = G (G^T G)^(-1/2): each singular value becomes 1. The
-    values from 10^-2.5 of the largest on come within 1 % of it. Below that they become smaller, and
-    0 stays 0. Matrices of one shape, or of it transposed, share their products.
+    For G = U S V^T the polar factor is U V^T = G (G^T G)^(-1/2): each singular value becomes 1. For
+    singular values of at least 10^-2.5 times the largest, the result is within 0.2 % of 1. Smaller
+    values end below 1, and 0 stays 0. Matrices of the same shape, or of that shape transposed, are
+    multiplied together in one batch.
 
     Args:
         matrices: list of tensors `(rows, columns)`, float32 or float64.

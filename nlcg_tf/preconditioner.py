@@ -160,9 +160,10 @@ def harmonic_mean(divisors, sums):
 class DiagonalBFGS(Preconditioner):
     """The paper's preconditioner (section 3.2.1): P g = g / (h + epsilon), h by `bfgs`.
 
-    For gradients without noise. y holds the noise of two mini-batches, which does not shrink with
-    the step s, so that y^2 / y^T s grows as steps shrink, and they shrink because h grows:
-    `diagnostics()["preconditioner_mean"]`, the harmonic mean of h, then rises without end.
+    Use it for gradients without noise, that is with full batches. With mini-batches, y contains
+    sampling noise, which does not shrink with the step s. Then y^2 / y^T s grows as the steps
+    shrink, and a larger h makes the steps shrink further. You see this in
+    `diagnostics()["preconditioner_mean"]`, the harmonic mean of h, which then grows without bound.
     """
 
     uses_steps = True
@@ -182,15 +183,15 @@ class DiagonalBFGS(Preconditioner):
 @keras.saving.register_keras_serializable(package="nlcg_tf")
 @dataclasses.dataclass
 class NormalizedBFGS(DiagonalBFGS):
-    """`DiagonalBFGS` that keeps the mean step as it is, and forgets.
+    """The default: `DiagonalBFGS` with steps of the size of SGD's, which forgets old curvature.
 
         h = bfgs(h) + rate (1 - bfgs(h)),  rate = (1 - decay) (1 - gain_ratio)
         P g = H g / (h + epsilon),  H = the harmonic mean of h + epsilon
 
-    Only the relative curvature counts: the mean over all elements of step per gradient is the
-    learning rate, as in SGD, whatever the noise in the gradients does to the size of h. What was
-    learned at other weights or of noise fades towards 1, in `1 / (1 - decay)` updates; of gradients
-    without noise (gain_ratio 1) nothing is forgotten.
+    Because of H only the relative sizes of the elements of h count. So noise that makes all of h
+    larger does not change the steps. h moves back towards 1 in about `1 / (1 - decay)` updates, so
+    that the curvature of old weights and of noise is forgotten. If the gradients have no noise
+    (gain_ratio 1), nothing is forgotten.
 
     Args:
         decay: float in (0, 1]; with 1 nothing is ever forgotten.
@@ -227,12 +228,13 @@ class Spectral(Preconditioner):
         P g = ||W|| O / ||O||            Frobenius norms
         P g = vector_length g / rms(g)   a variable of one dimension or none
 
-    So a step of rate alpha moves a kernel by the fraction alpha of its norm, along a direction that
-    favours none of its inputs and outputs. (G^T G)^(-1/2) is symmetric and positive definite, which
-    makes it a preconditioner in the paper's sense. It keeps no state.
+    So without momentum a step with rate alpha moves a kernel by alpha times its norm. All singular
+    values of the step are equal. (G^T G)^(-1/2) is symmetric and positive definite, as the paper
+    requires of a preconditioner. It keeps no state.
 
-    A kernel whose elements are below 0.01 / sqrt(rows) in the mean counts as if they were that
-    large, as a hundredth of what initializers make of them: from zero it would never move.
+    If the root mean square of a kernel's elements is below 0.01 / sqrt(rows), the step is as long
+    as if it had this value. Without this rule a kernel that is zero would never move. The value is
+    about a hundredth of what initializers give.
 
     Args:
         vector_length: float > 0, root of the mean square of P g of a vector.

@@ -14,7 +14,7 @@ TINY = 1e-30
 
 
 def total(x):
-    """Sum of all elements of `x`, in two stages of fixed order (design, section 2).
+    """Sum of all elements of `x`, in two stages whose order is fixed.
 
     Args:
         x: tensor of any shape, float32 or float64.

@@ -67,11 +67,12 @@ class CifarSchedule(_WarmUp):
         batch_size: int, the global batch of one update.
         epochs: number, length of the whole run.
         steps_per_epoch: number, updates in an epoch.
-        factor: number, of the peak rate, for a search over it.
-        peak: number or `None`, the peak rate itself, whatever the batch; without a factor.
+        factor: number by which the peak rate is multiplied.
+        peak: number or `None`, the peak rate itself, in place of the formula above.
 
     Raises:
-        ValueError: for an argument that is not a positive number.
+        ValueError: for an argument that is not a positive number, or if both `factor` and `peak`
+            are given.
     """
 
     reference_batch_size = 128
@@ -107,11 +108,12 @@ class ImageNetSchedule(_WarmUp):
         batch_size: int, the global batch of one update.
         epochs: number, length of the whole run.
         steps_per_epoch: number, updates in an epoch.
-        factor: number, of the peak rate, for a search over it.
-        peak: number or `None`, the peak rate itself, whatever the batch; without a factor.
+        factor: number by which the peak rate is multiplied.
+        peak: number or `None`, the peak rate itself, in place of the formula above.
 
     Raises:
-        ValueError: for an argument that is not a positive number.
+        ValueError: for an argument that is not a positive number, or if both `factor` and `peak`
+            are given.
     """
 
     reference_batch_size = 256

@@ -23,10 +23,19 @@ if (program or "").startswith("trainers."):
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 # Its import makes a million objects that last. Looking through them for garbage, again and again
-# and once more at the end, would take a third of a start.
+# and once more at the end, would take a third of a start. Another third is packages for which Keras
+# and TensorFlow Lite look, and for which the programs have no use, or only later.
+OPTIONAL = ("jax", "matplotlib", "pandas", "sklearn")
+
 if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
+    hidden = []
+    if (program or "").startswith("trainers."):
+        hidden = [name for name in OPTIONAL if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # with None there, Python finds no such package
     gc.disable()
     import tensorflow  # noqa: F401
 
     gc.freeze()
     gc.enable()
+    for name in hidden:
+        sys.modules.pop(name)

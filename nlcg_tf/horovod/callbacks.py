@@ -74,19 +74,19 @@ class BroadcastVariables(keras.callbacks.Callback):
 
 
 class WatchWorkers(keras.callbacks.Callback):
-    """Refuses workers that would wait for each other for ever; names those that hang (`Watch`).
+    """Ends the training if workers would wait for each other forever, and names workers that hang.
 
-    Put it first: what other callbacks do after a step is then no part of the step, and a worker
-    that saves a file for long is only late.
+    Put it first in the list of callbacks. Then the time that other callbacks take, for example to
+    save a file, does not count as part of a training step. See `Watch` for the details.
 
     Args:
-        seconds: float, how long nothing moves before a warning names the workers that are late;
-            less than the 30 seconds of silence after which Gloo ends the training.
+        seconds: float, after how many seconds without progress a warning names the late workers.
+            Choose less than 30, because Gloo ends the training after 30 seconds of silence.
 
     Raises:
-        ValueError: on all workers: when training begins, if their numbers of epochs, their first
-            epochs, their micro-steps of an update, their steps of an execution, or of an epoch
-            where `fit` knows them, differ; and where one stops and others go on.
+        ValueError: on all workers. When training begins: if the workers differ in the number of
+            epochs, the first epoch, `gradient_accumulation_steps`, `steps_per_execution` or the
+            steps of an epoch (if `fit` knows them). Later: if one worker stops and others continue.
     """
 
     def __init__(self, seconds: float = 20.0) -> None:

@@ -15,13 +15,14 @@ from nlcg_tf.horovod.whole import first_state
 
 
 class ElasticState(ObjectState):
-    """What the workers of an elastic job share: variables, and values as attributes.
+    """What the workers of an elastic job share: variables, and Python values as attributes.
 
-    `commit()` keeps a copy of them in host memory, to which the others return when a worker is
-    lost, and lets workers join that wait to. Horovod's own `TensorFlowState` does not give the
-    variables to workers that join, and its `TensorFlowKerasState` cannot read Keras 3 optimizers.
-    Of a sharded optimizer the copy is the whole state, on each worker, and each change of workers
-    divides it anew.
+    Call `commit()` regularly. It copies the state into host memory and lets waiting workers join.
+    If a worker is lost, the others continue from the last copy. For a sharded optimizer, each
+    worker copies the whole state, and each change of workers divides it again.
+
+    Use this class instead of Horovod's `TensorFlowState`, which does not pass the variables to
+    workers that join, and `TensorFlowKerasState`, which cannot read Keras 3 optimizers.
 
     Args:
         variables: list of Keras or TensorFlow variables.

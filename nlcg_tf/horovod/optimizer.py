@@ -21,12 +21,12 @@ def DistributedOptimizer(
 ) -> keras.optimizers.Optimizer:
     """Makes a Keras 3 optimizer average its gradients over all Horovod workers.
 
-    The gradients, and with them the loss that NLCG's line search observes, are averaged in one
-    grouped all-reduce for each update, before they are clipped. Under
-    `gradient_accumulation_steps` that is once for each virtual batch: micro-steps communicate
-    nothing. An optimizer with an `apply` of its own, such as `LossScaleOptimizer` or
-    `MultiOptimizer`, gets averages. The class of `optimizer` is exchanged in place; saved models
-    load as the plain class.
+    `optimizer` itself becomes distributed, and is returned. A saved model has the plain optimizer.
+
+    Each update averages the gradients, and the loss that NLCG observes, in one grouped all-reduce
+    before the gradients are clipped. With `gradient_accumulation_steps` this happens once per
+    update; micro-steps communicate nothing. An optimizer with its own `apply`, such as
+    `LossScaleOptimizer` or `MultiOptimizer`, receives averaged gradients.
 
     Args:
         optimizer: a `keras.optimizers.Optimizer`. With dynamic loss scaling, wrap outside:

@@ -55,25 +55,29 @@ def is_communication_error(error):
 
 
 class Watch:
-    """Context in which a worker that hangs is named on stderr.
+    """Context that names workers that hang, on stderr.
 
-    Mostly that is a warning, and nothing is ended.
+    All workers must enter it together, and each must call `tick()` in every step:
 
-    Every worker counts its steps with `tick()`, and a thread of it sends the count to worker 0 by
-    UDP. Where the count of worker 0 stands still, it names the workers that are behind it (busy, or
-    in another place of the program) or silent (the process or machine has stopped). Worker 1 does
-    the same for worker 0. They do so too when communication fails, which Gloo lets happen after 30
-    seconds of silence. (Under Gloo the stall check of Horovod 0.28 itself reports nothing: its
-    list of the ranks stays empty.)
+    >>> with hvd.Watch() as watch:
+    ...     for batch in data:
+    ...         train_step(batch)
+    ...         watch.tick()
 
-    Workers of which one waits in one place of the program, and another one in another place, would
-    wait for ever. There all say so and end: Horovod is shut down, which raises an error in whatever
-    waits. (Elastic workers are warned only.)
+    A worker that hangs causes a warning. If the count of worker 0 does not move for `seconds`, it
+    names the workers that are behind (busy, or elsewhere in the program) and those that are silent
+    (the process or the machine has stopped). Worker 1 does the same for worker 0. Both also report
+    when the communication fails, as Gloo's does after 30 seconds of silence.
 
-    All workers must enter it together.
+    If workers wait at different places of the program, they would wait forever. Then all workers
+    report where they wait, and Horovod is shut down, which raises an error wherever they wait.
+    Elastic workers only print the warning.
+
+    A thread of each worker sends its count to worker 0 by UDP. Horovod 0.28's own stall check
+    reports nothing under Gloo.
 
     Args:
-        seconds: float, how long a count stands still before that.
+        seconds: float, how long without a step before workers are named.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:

@@ -141,6 +141,8 @@ def training_speed(optimizer, size, batch):
     """Images per second of the ImageNet trainer on images that are made up."""
     command = [sys.executable, "-m", "trainers.imagenet", "--dataset=synthetic", "--epochs=2"]
     command += [f"--optimizer={optimizer}", f"--image_size={size}", f"--global_batch_size={batch}"]
+    if optimizer == "nlcg":  # the paper's
+        command += ["--update_rule=fletcher_reeves", "--preconditioner=bfgs", "--nonesterov"]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
             [*command, f"--output_dir={folder}"], capture_output=True, text=True, check=False

@@ -49,7 +49,8 @@ class Side:
         self.gradients = [tf.Variable(normal(s)) for s in shapes]
         self.optimizer = hvd.DistributedOptimizer(make(), shard=shard)
         self.optimizer.build(self.variables)
-        self.parts = [tf.Variable(normal(v.shape)) for v in getattr(self.optimizer, "shards", ())]
+        shards = self.optimizer.division.weights if shard else ()
+        self.parts = [tf.Variable(normal(v.shape)) for v in shards]
 
     def step(self):
         """A function that does one step with its communication."""

@@ -58,11 +58,11 @@ def _no_clip(length, mean, momentum):
     return 1.0, mean
 
 
-def _divided(self, state, g, w, epsilon):
+def _divided(self, state, g, w, epsilon, sums):
     """P g of `DiagonalBFGS`: the scale of h remains."""
     from nlcg_tf import preconditioner
 
-    return preconditioner.DiagonalBFGS.apply(self, state, g, w, epsilon)
+    return preconditioner.DiagonalBFGS.apply(self, state, g, w, epsilon, sums)
 
 
 def _gain_ratio(value):
