@@ -32,7 +32,7 @@ from scripts.curvature.ablation import KNOWN
 from scripts.curvature.statistics import POINTS, SEARCH_SEEDS, best_rate
 from scripts.shared.timing import machine
 from trainers.engine import files
-from trainers.engine.files import path_of
+from trainers.engine.files import make_folder, path_of
 
 # Gradient evaluations of a run: the budget.
 UPDATES = {
@@ -265,10 +265,10 @@ def main(arguments=None):
     options = parsed_options(arguments)
     folder = options.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         log, records = open_log(folder / "runs.jsonl")
     except OSError as error:
-        sys.exit(f"error: --folder={folder}: {error}")
+        sys.exit(f"error: --folder: {error}")
     made = {**machine(), "jobs": options.jobs}
     study = Study(options, made)
     for record in records:

@@ -23,7 +23,7 @@ import time
 os.environ["KERAS_BACKEND"] = "jax"
 
 from scripts.fullsize import data as data_files
-from trainers.engine.files import path_of, write
+from trainers.engine.files import make_folder, path_of, write
 from trainers.engine.folder import SUMMARY
 from trainers.engine.preemption import EXIT_STATUS as SAVED
 
@@ -115,7 +115,7 @@ def make_runs(options):
     for name, run in runs.items():
         if name not in waiting:
             check_same(places[name], run["flags"])
-    options.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(options.folder)
     write(options.folder / "sweep.json", json.dumps(runs, indent=1) + "\n")
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} done before", flush=True)
     done = {name: saved_epochs(places[name]) for name in waiting}

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 
+from trainers.engine.files import make_folder
+
 FILE_BYTES = 45_000_000
 META = "meta.json"
 
@@ -27,7 +29,7 @@ def export(dataset, data_dir, folder):
     if dataset not in DATA_SETS:
         raise ValueError(f"--dataset must be one of {', '.join(DATA_SETS)}. Received: {dataset}")
     data = DATA_SETS[dataset].load(data_dir, False)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     parts = {}
     for name, (images, labels) in (("train", data.train), ("test", data.test)):
         count = math.ceil(images.nbytes / FILE_BYTES)

@@ -22,7 +22,7 @@ import numpy as np
 from scripts.plot import figures, tables
 from scripts.shared import runs as run_folders
 from scripts.shared.style import styles
-from trainers.engine.files import path_of
+from trainers.engine.files import make_folder, path_of
 
 IMAGENET_EXAMPLES = 1281167
 
@@ -108,7 +108,7 @@ def main():
     if bool(options.folders) == bool(options.schedule):
         parser.error("give folders, or --schedule=BATCH")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         if options.schedule:
             draw_schedule(options.schedule, options.epochs, options.out)
         else:

@@ -34,7 +34,7 @@ import sys
 from scripts.sweep import definition as definitions
 from scripts.sweep.processes import ROOT, Sweep
 from trainers.engine import files
-from trainers.engine.files import path_of
+from trainers.engine.files import make_folder, path_of
 from trainers.optimizers.choice import OPTIMIZERS, flags_of, trained
 
 SLURM = """\
@@ -165,7 +165,7 @@ def prepared_sweep(options):
     check_launchers(runs)
     if options.slurm and not pathlib.Path(options.slurm).absolute().parent.is_dir():
         raise ValueError(f"--slurm={options.slurm}: there is no such folder")
-    options.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(options.folder)
     locked = lock(options.folder, shared=options.index is not None)
     if options.index is None:
         sweep = Sweep(options.folder, runs, options.jobs, options.discard_checkpoints)

@@ -82,6 +82,8 @@ def test_what_must_be_a_folder_is_told(tmp_path):
     for name, what in (("link", "a link to what is not there"), ("file", "something else")):
         with pytest.raises(OSError, match=f"{name} must be a folder, and is {what}"):
             files.make_folder(tmp_path / name)
+    with pytest.raises(OSError, match="file/below is below a file"):
+        files.make_folder(tmp_path / "file" / "below")
 
 
 def test_damaged_and_foreign_lines_of_a_log_are_passed_over(tmp_path):

@@ -70,7 +70,9 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         what = "a link to what is not there" if path.is_symlink() else "something else"
-        raise OSError(f"{path} must be a folder, and is {what}") from None
+        raise OSError(f"{path} must be a folder, and is {what}: choose another path") from None
+    except NotADirectoryError:
+        raise OSError(f"{path} is below a file: choose another path") from None
 
 
 def lock(path, shared=False, wait=False):
