@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 CIFAR100 = DATA / "tensorflow_datasets"
 TRAINER = [sys.executable, "-m", "trainers.cifar", "--depth=8"]
+HOROVODRUN = [sys.executable, ROOT / "tests" / "support" / "horovodrun.py", "--gloo"]
 TIMEOUT = 480  # seconds of a command; a machine with other work on it takes twice its usual time
 
 needs_horovod = pytest.mark.skipif(
@@ -82,7 +83,7 @@ for i, flags in enumerate({cases!r}):
 
 
 def horovodrun(*command, workers=2, **variables):
-    return run(["horovodrun", "--gloo", "-np", workers, *command], **variables)
+    return run([*HOROVODRUN, "-np", workers, *command], **variables)
 
 
 def mpirun(*command, workers=2):

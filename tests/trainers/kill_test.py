@@ -24,6 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import psutil
 
+from tests.support.launch import HOROVODRUN
 from trainers.engine.folder import read_metrics
 
 TRAINING = ["trainers.cifar", "--depth=8", "--global_batch_size=256", "--per_worker_batch_size=64"]
@@ -37,8 +38,7 @@ def start(folder, workers, options, deterministic=True):
     command += ["--log_steps=1", "--keep_checkpoints=3"]
     command += [f"--output_dir={folder}", f"--deterministic={deterministic}"]
     if workers > 1:
-        launcher = pathlib.Path(sys.executable).with_name("horovodrun")
-        command = [str(launcher), "--gloo", "-np", str(workers), *command]
+        command = [*map(str, HOROVODRUN), "-np", str(workers), *command]
     with pathlib.Path(f"{folder}.log").open("a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
