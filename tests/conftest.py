@@ -2,6 +2,10 @@ import os
 
 # Two logical CPUs for the tests of tf.distribute; must be set before TensorFlow starts.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# XLA takes longer to optimize the small programs of the tests than to run them.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import keras
 import numpy as np

@@ -59,8 +59,8 @@ def test_the_trainer_under_each_launcher(launcher, tmp_path):
 def test_memory_does_not_grow_with_the_batch(tmp_path):
     """98,304 images in an update, through virtual batching, in the memory of 2,048."""
     peaks = []
-    # As many micro-steps in both: within the first ones allocators take some percent more.
-    for batch, updates in ((2048, 48), (98304, 1)):
+    # Within the first micro-steps allocators take some percent more.
+    for batch, updates in ((2048, 16), (98304, 1)):
         flags = [f"--global_batch_size={batch}", "--per_worker_batch_size=1024"]
         flags += [f"--epochs={updates}", f"--evaluation_epochs={updates}"]
         result = horovodrun(*TRAINER, *flags, f"--output_dir={tmp_path / str(batch)}")
@@ -77,16 +77,9 @@ def test_killed_runs_end_as_if_they_had_been_left_alone(tmp_path):
 
     With shards, which are gathered for each checkpoint. test_cifar.py compares whole states.
     """
-    command = ["-m", "tests.trainers.kill_test", "--kills=1", "--epochs=15", "--seed=1"]
-    command += [
-        "--workers",
-        "2",
-        "--folder",
-        tmp_path,
-        "--",
-        *kill_test.TRAINING,
-        "--shard_optimizer",
-    ]
+    command = ["-m", "tests.trainers.kill_test", "--kills=1", "--epochs=8", "--seed=1"]
+    command += ["--workers", "2", "--folder", tmp_path, "--"]
+    command += [*kill_test.TRAINING, "--shard_optimizer"]
     result = run([sys.executable, *command])
     assert result.returncode == 0, result.stderr[-4000:]
     assert "2 worker(s): 1 kills" in result.stdout and "bit for bit" in result.stdout

@@ -72,9 +72,9 @@ CASES = [
     ([5_000_000], 5, ["float32"], VARIANTS[:4:3]),
 ]
 EMULATED_CASES = [
-    ([0, 0], 3, ["float32"], VARIANTS),
+    ([0, 0], 3, ["float32"], VARIANTS[::4]),
     ([0, 1, 63], 18, ["float32"], VARIANTS),
-    ([64, 8193, 0, 1, 8192], 18, ["float64"], VARIANTS),
+    ([64, 8193, 0, 1, 8192], 18, ["float64"], VARIANTS[1::2]),
     ([20] * 530, 3, ["float32"], VARIANTS[5:6]),
 ]
 # Gradients that grow downhill: their curvature is rejected, and beta is not 0 by either rule.

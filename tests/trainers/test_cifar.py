@@ -15,7 +15,7 @@ from tests.trainers import kill_test
 from trainers.engine import preemption
 
 
-def test_every_flagfile_passes_a_dry_run():
+def test_flagfiles_pass_a_dry_run():
     """In one process: each start of TensorFlow would take longer than all of them."""
     code = """
 import functools, pathlib
@@ -24,7 +24,7 @@ from trainers import cifar
 from trainers.engine import run
 from trainers.models import cifar_resnet
 cifar_resnet.cifar_resnet = functools.cache(cifar_resnet.cifar_resnet)  # the same for all
-for path in sorted(pathlib.Path("configs/cifar100").glob("*.cfg")):
+for path in sorted(pathlib.Path("configs/cifar100").glob("*.cfg"))[1::5]:
     flags.FLAGS.unparse_flags()
     flags.FLAGS(["x", f"--flagfile={path}", "--dry_run"])
     print(f"== {path.stem}")
@@ -33,7 +33,7 @@ for path in sorted(pathlib.Path("configs/cifar100").glob("*.cfg")):
     result = run([sys.executable, "-c", code])
     assert result.returncode == 0, result.stderr[-4000:]
     parts = dict(part.split("\n", 1) for part in result.stdout.split("== ")[1:])
-    assert len(parts) == 55
+    assert len(parts) == 11
     largest = parts["nlcg_fr-16384-500"]
     assert "batch 16,384 = 1 worker(s) x 16 micro-step(s) x 1,024; 1,500 updates" in largest
     assert "warm-up to 12.8 takes 25 epochs" in largest
@@ -99,11 +99,11 @@ def test_sigterm_counts_before_tensorflow_is_there(tmp_path):
 def test_the_same_command_goes_on(tmp_path):
     """After SIGTERM, which saves; but not with other flags, and not beyond the end."""
     folder = tmp_path / "run"
-    flags = ["--global_batch_size=256", "--epochs=20", "--deterministic", "--log_steps=1"]
+    flags = ["--global_batch_size=256", "--epochs=8", "--deterministic", "--log_steps=1"]
     command = [*TRAINER, *flags, f"--output_dir={folder}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("epoch 2/20"):
+        if line.startswith("epoch 2/8"):
             break
     process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
     meanwhile = run(command)
@@ -115,7 +115,7 @@ def test_the_same_command_goes_on(tmp_path):
     assert "stopped by SIGTERM, state saved" in process.communicate()[0]
     assert process.returncode == preemption.EXIT_STATUS
     stopped_at = int(sorted((folder / "checkpoints").glob("update-*"))[-1].name[7:15])
-    assert 10 < stopped_at < 100
+    assert 10 < stopped_at < 40
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"type": "step", "upd')  # a kill in the middle of a line
 
@@ -125,11 +125,11 @@ def test_the_same_command_goes_on(tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
     assert f"epochs, {stopped_at} done" in resumed.stdout
-    assert [record["epoch"] for record in records(folder, "epoch")] == list(range(1, 21))
+    assert [record["epoch"] for record in records(folder, "epoch")] == list(range(1, 9))
     updates = [record["update"] for record in records(folder, "step")]
     assert updates == sorted(set(updates))
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["updates"] == 100
+    assert summary["updates"] == 40
     # The same bits as without the interruption.
     assert run([*TRAINER, *flags, f"--output_dir={tmp_path / 'undisturbed'}"]).returncode == 0
     kill_test.compare(tmp_path / "undisturbed", folder)
@@ -137,6 +137,6 @@ def test_the_same_command_goes_on(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert json.loads((folder / "summary.json").read_text()) == summary  # its times too
     described = json.loads((folder / "flags.json").read_text())
-    assert described["flags"]["epochs"] == 20 and described["versions"]["tensorflow"]
+    assert described["flags"]["epochs"] == 8 and described["versions"]["tensorflow"]
     for name in ("curves.png", "checkpoints", "tensorboard"):
         assert os.path.getsize(folder / name) > 0
