@@ -74,7 +74,7 @@ CASES = [
 EMULATED_CASES = [
     ([0, 0], 3, ["float32"], VARIANTS[::4]),
     ([0, 1, 63], 18, ["float32"], VARIANTS),
-    ([64, 8193, 0, 1, 8192], 18, ["float64"], VARIANTS[1::2]),
+    ([64, 8193, 0, 1, 8192], 6, ["float64"], VARIANTS[1::2]),
     ([20] * 530, 3, ["float32"], VARIANTS[5:6]),
 ]
 # Gradients that grow downhill: their curvature is rejected, and beta is not 0 by either rule.
@@ -218,7 +218,11 @@ def main():
     print(f"{'sizes':<28} {'type':<8} {'rule':<16} {'preconditioner':<16} ", end="")
     print(f"{'nesterov':<8} line search  LARS decay one by one update   scalars")
     for sizes, updates, types, variants in EMULATED_CASES if arguments.emulate else CASES:
-        for dtype, rule, variant in itertools.product(types, RULES, variants):
+        for dtype, (i, variant), rule in itertools.product(types, enumerate(variants), RULES):
+            # In the emulation, which takes a second for each, half the cases: among the variants
+            # each setting still meets each rule.
+            if arguments.emulate and (i + RULES.index(rule)) % 2:
+                continue
             if variant.preconditioner == "given" and rule in LOOK_BACK:
                 continue
             name = str(sizes) if len(sizes) < 9 else f"{len(sizes)} x {sizes[0]}"
