@@ -30,6 +30,7 @@ from trainers.models.cifar_resnet import cifar_resnet
 # The settings of NLCG, and how often they read and write a vector of the parameters' size.
 FORMS = {
     "bfgs": ({"preconditioner": "bfgs"}, 10, 4),
+    "bfgs, line search": ({"preconditioner": "bfgs", "line_search": "online"}, 10, 4),
     "normalized_bfgs": ({"preconditioner": "normalized_bfgs"}, 10, 4),
     "normalized_bfgs, blended, nesterov": (
         {"preconditioner": "normalized_bfgs", "update_rule": "blended", "nesterov": True},
@@ -42,8 +43,8 @@ FORMS = {
 
 
 def nlcg(fused=True, **settings):
-    settings = {"update_rule": "fletcher_reeves", "nesterov": False, **settings}
-    return nlcg_tf.NLCG(1e-4, line_search=None, fused=fused, **settings)
+    usual = {"update_rule": "fletcher_reeves", "nesterov": False, "line_search": None}
+    return nlcg_tf.NLCG(1e-4, fused=fused, **{**usual, **settings})
 
 
 OPTIMIZERS = {
