@@ -25,6 +25,21 @@ class _PathParser(flags.ArgumentParser):
         return str(path_of(argument))
 
 
+class _PreconditionerParser(flags.ArgumentParser):
+    syntactic_help = "a string"
+
+    def parse(self, argument):
+        if argument != "rms":
+            return argument
+        # Commands of before that go on; a run folder of theirs does not.
+        print(
+            "warning: --preconditioner=rms is no longer there: spectral, which took its place, is "
+            "used. Its rate is a fraction of each kernel's norm",
+            file=sys.stderr,
+        )
+        return "spectral"
+
+
 def define_path(name, help):
     """Defines a flag whose value is a path, `None` by default."""
     flags.DEFINE(_PathParser(), name, None, help, serializer=flags.ArgumentSerializer())
@@ -70,10 +85,12 @@ flags.DEFINE_enum(
     ["momentum", "blended", "fletcher_reeves", "polak_ribiere"],
     "NLCG: rule for beta; the last two are the paper's.",
 )
-flags.DEFINE_string(
+flags.DEFINE(
+    _PreconditionerParser(),
     decides("preconditioner"),
     "spectral",
     "NLCG: preconditioner: spectral, normalized_bfgs, bfgs (the paper's) or none.",
+    serializer=flags.ArgumentSerializer(),
 )
 flags.DEFINE_bool(decides("nesterov"), True, "NLCG: Nesterov's look-ahead.")
 flags.DEFINE_enum(

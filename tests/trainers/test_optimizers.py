@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainers.flags import FLAGS
 from trainers.optimizers.choice import make_optimizer, peak_rate, spectral_peak, trained
 from trainers.optimizers.lars import LARS
 from trainers.optimizers.momentum import Momentum
@@ -124,3 +125,8 @@ def test_the_spectral_form_has_a_peak_of_its_own(flags, expected):
 
 def test_the_spectral_peak_falls_with_the_updates():
     assert [spectral_peak(updates) for updates in (1, 30, 480)] == [0.064, 0.064, 0.016]
+
+
+def test_commands_with_a_preconditioner_of_before_go_on(capsys):
+    assert FLAGS["preconditioner"].parser.parse("rms") == "spectral"
+    assert "--preconditioner=rms is no longer there" in capsys.readouterr().err
