@@ -39,7 +39,7 @@ def is_fraction(value):
 
 def check_choice(name, value, choices):
     """Raises a ValueError for a value that is none of the choices, as 1 for True."""
-    if not any(value is choice or (value == choice and type(value) is str) for choice in choices):
+    if not any(value is choice or (type(value) is str and value == choice) for choice in choices):
         options = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"`{name}` must be one of {options}. Received: {name}={value!r}")
 
@@ -47,7 +47,7 @@ def check_choice(name, value, choices):
 def check_number(name, value, least, most):
     """Raises a ValueError for what is no number between two."""
     valid = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not valid or not least <= value <= most:
+    if not valid or not least <= float(value) <= most:  # float16 knows no 1e-37
         raise ValueError(
             f"`{name}` must be a number between {least} and {most}. Received: {name}={value!r}"
         )

@@ -135,7 +135,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         # Keras takes these as they come.
         if isinstance(learning_rate, numbers.Real):
             check_number("learning_rate", learning_rate, 0, 1e30)
-        if kwargs.get("weight_decay"):
+            learning_rate = float(learning_rate)
+        if kwargs.get("weight_decay") is not None:
             check_number("weight_decay", kwargs["weight_decay"], 0, 1e30)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.preconditioner = preconditioners.get(preconditioner)

@@ -7,6 +7,7 @@ dropped by the optimizer.
 """
 
 import dataclasses
+import inspect
 import math
 from typing import Any, ClassVar
 
@@ -106,6 +107,17 @@ def get(identifier: Any) -> Any:
             f"`couples` of a preconditioner must be one of {', '.join(map(repr, COUPLINGS))}. "
             f"Received: {found!r} with couples={found.couples!r}"
         )
+    for method in ("update", "apply"):
+        wanted = inspect.signature(getattr(Preconditioner, method))
+        try:
+            inspect.signature(getattr(found or Preconditioner(), method)).bind(
+                *list(wanted.parameters)[1:]
+            )
+        except TypeError:
+            raise ValueError(
+                f"`{method}` of a preconditioner must take ({', '.join(wanted.parameters)}). "
+                f"Received: {found!r}"
+            ) from None
     return found
 
 
@@ -115,6 +127,11 @@ def apply(preconditioner, state, g, w, epsilon, sums):
         return preconditioner.apply(state, g, w, epsilon, sums)
     w = None if w is None else sums.pieces(w)
     preconditioned, mean = preconditioner.apply(state, sums.pieces(g), w, epsilon, sums)
+    if len(preconditioned) != len(sums.pieces(g)):
+        raise ValueError(
+            f"`apply` of a preconditioner must return a tensor for each of {len(sums.pieces(g))} "
+            f"gradients. Received: {len(preconditioned)} of {preconditioner!r}"
+        )
     return sums.join(preconditioned), mean
 
 

@@ -87,7 +87,8 @@ class Averaging(CountsUpdates):
         if os.environ.get("HOROVOD_ELASTIC") == "1":
             return
         with tf.init_scope():  # what has a gradient is known while a graph is traced
-            settings, *others = allgather_object((self._settings(), list(map(_kind, grads))))
+            own = {**self._settings(), **self._observed()}
+            settings, *others = allgather_object((own, list(map(_kind, grads))))
         for worker, found in enumerate(others, 1):
             _compare_settings(settings[0], found[0], worker)
             _compare_kinds(settings[1], found[1], worker, variables)
@@ -97,12 +98,18 @@ class Averaging(CountsUpdates):
         """Outside of graphs another variable may be without a gradient in each update."""
         if not tf.executing_eagerly() or os.environ.get("HOROVOD_ELASTIC") == "1":
             return
-        kinds = list(map(_kind, grads))
-        digest = tf.constant([zlib.crc32(json.dumps(kinds).encode())], tf.int64)
+        own = (self._observed(), list(map(_kind, grads)))
+        digest = tf.constant([zlib.crc32(json.dumps(own).encode())], tf.int64)
         if len(set(hvd.allgather(digest, name="Horovod_kinds").numpy())) > 1:
-            first, *others = allgather_object(kinds)
+            first, *others = allgather_object(own)
             for worker, found in enumerate(others, 1):
-                _compare_kinds(first, found, worker, self._trainable_variables)
+                _compare_settings(first[0], found[0], worker)
+                _compare_kinds(first[1], found[1], worker, self._trainable_variables)
+
+    def _observed(self):
+        """Whether the loss of this update was observed: without it one worker alone would stop."""
+        known = getattr(self, "_loss_is_known", None)
+        return {} if known is None else {"observed loss": "known" if known else "not observed"}
 
     def _updated_weights(self):
         return self._trainable_variables

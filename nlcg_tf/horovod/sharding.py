@@ -61,11 +61,7 @@ def why_not(optimizer):
     if preconditioner is not None and preconditioner.couples != "elements":
         # Of one that keeps a state the shapes of variables are not those of the shards.
         if preconditioner.couples == "model" or preconditioner.initial_state((2, 2)):
-            return (
-                "shards of whole variables serve a preconditioner that couples elements, or a "
-                "variable without keeping a state. Received: preconditioner="
-                f"{preconditioner!r} with couples={preconditioner.couples!r}"
-            )
+            return _cannot_serve(preconditioner)
     if optimizer.built:
         return (
             f"{type(optimizer).__name__} has been built already, and its state is whole. "
@@ -80,6 +76,14 @@ def why_not(optimizer):
             f"its whole state needs: {error}"
         )
     return None
+
+
+def _cannot_serve(preconditioner):
+    return (
+        "shards serve a preconditioner that couples elements and keeps the same state for each "
+        "variable, or one that couples a variable without keeping a state. Received: "
+        f"preconditioner={preconditioner!r} with couples={preconditioner.couples!r}"
+    )
 
 
 class SumsOfShards(Sums):
@@ -199,11 +203,30 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
             for name, value in settings.items():
                 setattr(self, name, value)
         self._check_slots(self.variables[before:])
+        self._set_first_state()
         object.__setattr__(self, "_trainable_variables", variables)  # Keras would track a list
         self.division.slots = dict(self.recorded_slots)
         self.recorded_slots |= of_the_whole
         for slot in self.division.slots.values():
             slot.shard_of = self  # what compares and broadcasts variables passes over it
+
+    def _set_first_state(self):
+        """Of a preconditioner, which has made one for the shapes of the shards."""
+        preconditioner = getattr(self, "preconditioner", None)
+        if preconditioner is None:
+            return
+        for number, layout in enumerate(self.division.layouts):
+            states = [preconditioner.initial_state(shape) for shape in layout.shapes]
+            names = dict.fromkeys(name for state in states for name in state)
+            lacking = any(name not in state for state in states for name in names)
+            if lacking or (names and layout.whole):
+                raise ValueError(f"`shard=True`: {_cannot_serve(preconditioner)}")
+            for name in names:
+                first = [
+                    tf.broadcast_to(tf.cast(state[name][1], layout.dtype), shape)
+                    for state, shape in zip(states, layout.shapes)
+                ]
+                self.recorded_slots[name, number].assign(layout.own_shard(first))
 
     def _check_slots(self, made):
         """Of a class that is not known: slots that were not made as Keras makes them."""

@@ -80,11 +80,14 @@ def scatter_optimizer(optimizer: keras.optimizers.Optimizer, whole: Any) -> None
         ValueError: for another optimizer; on the other workers a RuntimeError if `whole` is none.
     """
     inner = _sharded(optimizer)
-    wanted = {key for key in inner.recorded_slots if key not in inner.division.slots}
+    own = {k: x for k, x in inner.recorded_slots.items() if k not in inner.division.slots}
+    wanted = {key: tuple(slot.shape) for key, slot in own.items()}
     for name, number in inner.division.slots:
-        wanted.update((name, i) for i in inner.division.layouts[number].indices)
+        layout = inner.division.layouts[number]
+        wanted.update({(name, i): shape for i, shape in zip(layout.indices, layout.shapes)})
+    slots = getattr(_plain(whole), "recorded_slots", {})
     failure = None
-    if hvd.rank() == 0 and set(getattr(_plain(whole), "recorded_slots", ())) != wanted:
+    if hvd.rank() == 0 and {key: tuple(x.shape) for key, x in slots.items()} != wanted:
         failure = ValueError(f"`whole` must be of `whole_optimizer`. Received: whole={whole!r}")
     _end_together(failure)
     for name, number in sorted(inner.division.slots):

@@ -269,6 +269,50 @@ def check_sharded_workers_skip_an_overflow_together():
     assert float(optimizer.dynamic_scale) == 16.0 and int(inner.iterations) == 1
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class KeepsPositions(MeanSquares):
+    """Its first state differs from element to element."""
+
+    def initial_state(self, shape):
+        return {"hessian_diagonal": (shape, np.arange(float(np.prod(shape))).reshape(shape))}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class KeepsForVectors(Preconditioner):
+    """Shards of whole variables have no place for this state."""
+
+    couples = "variable"
+
+    def initial_state(self, shape):
+        return {"lengths": ((1,), 0.0)} if len(shape) == 1 else {}
+
+
+def check_first_states_are_those_of_whole_variables():
+    model = model_of("float32")
+    optimizer = hvd.DistributedOptimizer(NLCG(preconditioner=KeepsPositions()), shard=True)
+    optimizer.build(model.trainable_variables)
+    whole = gather_optimizer(optimizer)
+    if hvd.rank() == 0:
+        for slot in whole.slots["hessian_diagonal"]:
+            np.testing.assert_array_equal(np.ravel(slot.numpy()), np.arange(slot.numpy().size))
+
+
+def check_a_loss_that_one_worker_observes_is_an_error_on_all():
+    for shard in (False, True):
+        model = model_of("float32")
+        variables = model.trainable_variables
+        optimizer = hvd.DistributedOptimizer(NLCG(0.1), shard=shard)
+        gradients = [tf.ones(v.shape) for v in variables]
+        for update in range(3):
+            if update != 1 or hvd.rank() == 0:
+                optimizer.observe_loss(1.0)
+            if update == 1:
+                message = "`observed loss`: .*known.* on worker 0, .*not observed.* on worker 1"
+                expect(ValueError, message, optimizer.apply, gradients, variables)
+            else:
+                optimizer.apply(gradients, variables)
+
+
 def check_what_cannot_be_sharded_is_refused():
     def shard(optimizer, **arguments):
         return hvd.DistributedOptimizer(optimizer, shard=True, **arguments)
@@ -283,6 +327,9 @@ def check_what_cannot_be_sharded_is_refused():
     expect(ValueError, "`compression` must be", shard, NLCG(), compression=["fp16"])
     expect(ValueError, "`shard` must be", hvd.DistributedOptimizer, NLCG(), None, (), "yes")
     expect(ValueError, "Coupled.*couples='model'", shard, NLCG(preconditioner=Coupled()))
+    keeping = shard(NLCG(preconditioner=KeepsForVectors()))
+    variables = model_of("float32").trainable_variables
+    expect(ValueError, "KeepsForVectors.*couples='variable'", keeping.build, variables)
     optimizer, model = shard(keras.optimizers.SGD(0.1)), model_of("float32")
     variables = model.trainable_variables
     gradients = [tf.ones(v.shape) for v in variables]
