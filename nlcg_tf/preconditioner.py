@@ -123,16 +123,16 @@ def get(identifier: Any) -> Any:
 
 def apply(preconditioner, state, g, w, epsilon, sums):
     """`preconditioner.apply`; of shards that hold whole variables with each of those by itself."""
-    if preconditioner.couples == "elements":
-        return preconditioner.apply(state, g, w, epsilon, sums)
-    w = None if w is None else sums.pieces(w)
-    preconditioned, mean = preconditioner.apply(state, sums.pieces(g), w, epsilon, sums)
-    if len(preconditioned) != len(sums.pieces(g)):
+    is_whole = preconditioner.couples != "elements"
+    if is_whole:
+        g, w = sums.pieces(g), None if w is None else sums.pieces(w)
+    preconditioned, mean = preconditioner.apply(state, g, w, epsilon, sums)
+    if len(preconditioned) != len(g):
         raise ValueError(
-            f"`apply` of a preconditioner must return a tensor for each of {len(sums.pieces(g))} "
-            f"gradients. Received: {len(preconditioned)} of {preconditioner!r}"
+            f"`apply` of a preconditioner must return a tensor for each of {len(g)} gradients. "
+            f"Received: {len(preconditioned)} of {preconditioner!r}"
         )
-    return sums.join(preconditioned), mean
+    return sums.join(preconditioned) if is_whole else preconditioned, mean
 
 
 def bfgs(h, g, y, s, sums):

@@ -8,7 +8,7 @@ import tensorflow as tf
 import nlcg_tf
 from nlcg_tf import NLCG, schedules
 from nlcg_tf.line_search import OnlineLineSearch, StepLineSearch
-from nlcg_tf.preconditioner import NormalizedBFGS
+from nlcg_tf.preconditioner import NormalizedBFGS, Preconditioner
 from tests.support.problems import regression_data, regression_model
 
 
@@ -40,6 +40,9 @@ from tests.support.problems import regression_data, regression_model
         {"learning_rate": -0.1},
         {"weight_decay": -0.1},
         {"weight_decay": float("inf")},
+        {"weight_decay": np.array([1.0, 2.0])},
+        {"update_rule": np.array(["momentum", "x"])},
+        {"epsilon": np.float16(1e-8)},  # is 0
     ],
     ids=str,
 )
@@ -48,6 +51,26 @@ def test_nlcg_names_the_bad_argument(arguments):
     with pytest.raises(ValueError, match=name) as error:
         NLCG(**arguments)
     assert repr(value) in str(error.value)
+
+
+class WithoutSums(Preconditioner):
+    def apply(self, state, g, w, epsilon):
+        return g, 1.0
+
+
+class OfOneVariable(Preconditioner):
+    def apply(self, state, g, w, epsilon, sums):
+        return g[:1], 1.0
+
+
+def test_what_a_preconditioner_of_ones_own_takes_and_returns_is_checked():
+    with pytest.raises(ValueError, match=r"`apply`.*w, epsilon, sums\).*WithoutSums"):
+        NLCG(preconditioner=WithoutSums())
+    variables = [keras.Variable([1.0]), keras.Variable([2.0])]
+    for fused in (False, "auto"):
+        optimizer = NLCG(1, "fletcher_reeves", OfOneVariable(), fused=fused)
+        with pytest.raises(ValueError, match=r"each of 2 gradients.*1 of .*OfOneVariable"):
+            optimizer.apply([tf.ones(1), tf.ones(1)], variables)
 
 
 @pytest.mark.parametrize(
