@@ -102,20 +102,20 @@ def get(identifier: Any) -> Any:
         ValueError: for anything else.
     """
     found = resolve("preconditioner", identifier, NAMES, Preconditioner)
-    if found is not None and found.couples not in COUPLINGS:
+    if found is None:
+        return None
+    if found.couples not in COUPLINGS:
         raise ValueError(
             f"`couples` of a preconditioner must be one of {', '.join(map(repr, COUPLINGS))}. "
             f"Received: {found!r} with couples={found.couples!r}"
         )
     for method in ("update", "apply"):
-        wanted = inspect.signature(getattr(Preconditioner, method))
+        _, *wanted = inspect.signature(getattr(Preconditioner, method)).parameters
         try:
-            inspect.signature(getattr(found or Preconditioner(), method)).bind(
-                *list(wanted.parameters)[1:]
-            )
+            inspect.signature(getattr(found, method)).bind(*wanted)
         except TypeError:
             raise ValueError(
-                f"`{method}` of a preconditioner must take ({', '.join(wanted.parameters)}). "
+                f"`{method}` of a preconditioner must take ({', '.join(wanted)}). "
                 f"Received: {found!r}"
             ) from None
     return found

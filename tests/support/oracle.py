@@ -85,7 +85,7 @@ class Oracle:
             self.step_size *= (self.first_squared_norm / self.mean_squared_norm) ** (
                 (1 - self.gain_ratio) / 2
             )
-            self._set_cap(np.linalg.norm(direction), learning_rate * self.scale)
+            self._clip(np.linalg.norm(direction), learning_rate * self.scale)
             self.d, direction = self.clip_factor * self.d, self.clip_factor * direction
         self.alpha = self.step_size * self._trust_ratios(direction)
         self.s = self.alpha * direction
@@ -108,7 +108,7 @@ class Oracle:
             self.mean_squared_norm = self.first_squared_norm = float(g @ g)
         self.last_loss = loss
 
-    def _set_cap(self, norm, learning_rate):
+    def _clip(self, norm, learning_rate):
         """No step of more than twice the mean length; lengths are those at a learning rate of 1."""
         length = norm * self.step_size / learning_rate
         if self.mean_update_norm == 0:
