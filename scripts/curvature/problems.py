@@ -29,6 +29,7 @@ class Problem:
         floor: float, the least value that the loss can have; what is recorded is the loss above it.
         error: function (model) -> float, relative L2 error of the solution; `None` where the
             problem has no exact one.
+        convolutions: bool, whether the model has any.
     """
 
     make_model: typing.Callable
@@ -37,6 +38,7 @@ class Problem:
     batch: int | None = None
     floor: float = 0.0
     error: typing.Callable | None = None
+    convolutions: bool = False
 
 
 def multilayer_perceptron(widths, initializer="glorot_normal"):
@@ -227,6 +229,7 @@ def resnet_plain():
         loss=loss,
         data=((digits.images[..., None] / 16).astype(np.float32), digits.target.astype(np.int32)),
         batch=128,
+        convolutions=True,
     )
 
 
