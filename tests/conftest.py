@@ -7,6 +7,11 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
+from trainers.engine.imports import import_tensorflow
+
+if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
+    import_tensorflow()
+
 import keras
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """NLCG's default with one mechanism of it changed: what each is worth.
 
-    python -m scripts.curvature --folder=runs/ablation --rates=3 --seeds=10 --updates-factor=0.5 --optimizers default ...
+    python -m scripts.curvature --rates=3 --seeds=10 --updates-factor=0.5 --optimizers default ...
 
 A variant is named on the study's command line as the optimizers are, and gets the same search. All
 of them, `default` too, take the reference update, so that nothing but the mechanism differs.

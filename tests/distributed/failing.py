@@ -1,5 +1,7 @@
 """A worker that fails or hangs in the third step; run by test_failures.py under horovodrun."""
 
+import trainers.quick_start  # noqa: F401, I001
+
 import os
 import signal
 import sys

@@ -1,5 +1,7 @@
 """Runs all checks, or those named, in one process: starting workers costs more than any of them."""
 
+import trainers.quick_start  # noqa: F401, I001
+
 import sys
 import traceback
 

@@ -1,6 +1,5 @@
 """A worker that fails ends the job with its error; one that hangs is named."""
 
-import pathlib
 import re
 import sys
 import time
@@ -9,7 +8,7 @@ import pytest
 
 from tests.support.launch import horovodrun, needs_horovod
 
-SCRIPT = pathlib.Path(__file__).with_name("failing.py")
+FAILING = [sys.executable, "-m", "tests.distributed.failing"]
 
 
 @needs_horovod
@@ -26,7 +25,7 @@ SCRIPT = pathlib.Path(__file__).with_name("failing.py")
 )
 def test_a_worker_that_fails_or_hangs(how, who, status, message):
     # Half a minute in real use.
-    result = horovodrun(sys.executable, SCRIPT, how, who, HOROVOD_GLOO_TIMEOUT_SECONDS="5")
+    result = horovodrun(*FAILING, how, who, HOROVOD_GLOO_TIMEOUT_SECONDS="5")
     assert result.returncode == status
     assert message in result.stderr, result.stderr[-4000:]
     began = max(map(float, re.findall(r"began at ([\d.]+)", result.stdout)))

@@ -124,18 +124,26 @@ def test_one_huge_gradient_does_not_undo_the_training(preconditioner, fused):
 
 
 def test_same_bits_for_any_number_of_threads(fused):
-    """The fixed-order sums promise it; each thread count needs a process of its own."""
+    """The fixed-order sums promise it; each thread count needs a process of its own: a fork."""
     import subprocess
     import sys
 
     script = """
-import sys
+import os, sys
+from trainers.engine.imports import import_tensorflow
+import_tensorflow()
 import numpy as np, keras, tensorflow as tf
-tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
 from nlcg_tf import NLCG
+for threads in (1, 2, 8):
+    if os.fork() == 0:
+        break
+    assert os.wait()[1] == 0
+else:
+    sys.exit()
+tf.config.threading.set_intra_op_parallelism_threads(threads)
 rng = np.random.default_rng(0)
 variables = [keras.Variable(rng.normal(size=n).astype("float32")) for n in (1000003, 4097, 63)]
-optimizer = NLCG(0.01, "polak_ribiere", "bfgs", None, False, fused=sys.argv[2] == "True")
+optimizer = NLCG(0.01, "polak_ribiere", "bfgs", None, False, fused=sys.argv[1] == "True")
 for _ in range(5):
     gradients = [tf.constant(rng.normal(size=v.shape), tf.float32) for v in variables]
     optimizer.apply(gradients, variables)
@@ -143,13 +151,7 @@ import hashlib
 bits = b"".join(v.numpy().tobytes() for v in [*variables, *optimizer.variables])
 print(hashlib.sha256(bits).hexdigest())
 """
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", script, str(threads), str(fused)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in (1, 2, 8)
-    }
-    assert len(digests) == 1
+    command = [sys.executable, "-c", script, str(fused)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    digests = done.stdout.split()
+    assert len(digests) == 3 and len(set(digests)) == 1
