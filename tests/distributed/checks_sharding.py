@@ -94,7 +94,7 @@ def check_sharded_updates_equal_those_of_whole_state():
             arguments = CASES[name]
             optimizers = [distributed(name, shard, arguments) for shard in (False, True)]
             graph = name in in_graph
-            updates = UPDATES if graph else 8
+            updates = UPDATES if graph else 6
             models = [train(model_of(dtype), one, updates, graph) for one in optimizers]
             states = [[*m.variables] for m in models]
             if "use_ema" in arguments:

@@ -62,7 +62,7 @@ def test_memory_does_not_grow_with_the_batch(tmp_path):
     # Within the first micro-steps allocators take some percent more.
     for batch, updates in ((2048, 16), (98304, 1)):
         flags = [f"--global_batch_size={batch}", "--per_worker_batch_size=1024"]
-        flags += [f"--epochs={updates}", f"--evaluation_epochs={updates}"]
+        flags += [f"--epochs={updates}", f"--evaluation_epochs={updates}", "--image_size=4"]
         result = horovodrun(*TRAINER, *flags, f"--output_dir={tmp_path / str(batch)}")
         assert result.returncode == 0, result.stderr[-4000:]
         summary = json.loads((tmp_path / str(batch) / "summary.json").read_text())
@@ -127,7 +127,12 @@ def test_workers_that_do_not_see_each_other_are_refused(tmp_path):
 
 def test_without_horovod_one_clear_sentence(tmp_path):
     (tmp_path / "horovod.py").write_text("raise ImportError('no such build')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import nlcg_tf.horovod"
+    code = f"""
+import sys
+from trainers.engine.imports import import_tensorflow
+import_tensorflow()
+sys.path.insert(0, {str(tmp_path)!r})
+import nlcg_tf.horovod"""
     result = run([sys.executable, "-c", code])
     assert "nlcg_tf.horovod needs Horovod built for this TensorFlow" in result.stderr
     assert "scripts/setup.sh" in result.stderr.splitlines()[-1]

@@ -124,7 +124,7 @@ for form in (
 
 def test_devices_of_jax_that_divide_the_batch_or_the_model():
     pytest.importorskip("jax")
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     result = subprocess.run(

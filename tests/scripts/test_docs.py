@@ -67,7 +67,7 @@ def test_example_learns(example):
     }
     environment.pop("KERAS_BACKEND", None)
     words = shlex.split(command)
-    if words[0] == "python" and example != "fit":
+    if words[0] == "python" and example not in ("fit", "jax_devices"):
         words.insert(1, "tests/support/quickly.py")  # a start of TensorFlow in half the time
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
