@@ -77,7 +77,7 @@ def test_killed_runs_end_as_if_they_had_been_left_alone(tmp_path):
 
     With shards, which are gathered for each checkpoint. test_cifar.py compares whole states.
     """
-    command = ["-m", "tests.trainers.kill_test", "--kills=1", "--epochs=8", "--seed=1"]
+    command = ["-m", "tests.trainers.kill_test", "--kills=1", "--epochs=5", "--seed=1"]
     command += ["--workers", "2", "--folder", tmp_path, "--"]
     command += [*kill_test.TRAINING, "--shard_optimizer"]
     result = run([sys.executable, *command])
