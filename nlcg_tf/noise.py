@@ -22,8 +22,9 @@ def measure_gain_ratio(
 ):
     """How well the gradients predicted the last change of the loss.
 
-    Weight decay and clipping count as noise: neither the decay of the weights nor the gradient
-    before clipping is in g^T s.
+    A constant that is added to the loss changes nothing but its rounding. Weight decay and gradient
+    clipping count as noise: s, which is made again from d, has no decay in it, and the optimizer
+    sees the clipped gradients only.
 
     Args:
         loss, last_loss: scalar tensors, f and f_prev.
@@ -35,10 +36,9 @@ def measure_gain_ratio(
         `(gain_ratio, prediction_error, predicted_change)`, scalar tensors: the ratio, in [0, 1] and
         0 in the first update, and the new means.
     """
-    # Relative to the loss: where it falls fast, its beginning would fill the means for long.
-    error = ops.abs((loss - last_loss - (slope + last_slope) / 2) / loss)
-    error = ops.maximum(error - ROUNDING, ops.zeros_like(error))
-    change = (ops.abs(slope / loss) + ops.abs(last_slope / loss)) / 2
+    error = ops.abs(loss - last_loss - (slope + last_slope) / 2) - ROUNDING * ops.abs(loss)
+    error = ops.maximum(error, ops.zeros_like(error))
+    change = (ops.abs(slope) + ops.abs(last_slope)) / 2
     # There is a step to test from the second update on.
     memory = ops.where(updates > 1, ops.full_like(error, MEMORY), ops.zeros_like(error))
     known = (updates > 0) & ops.isfinite(error) & ops.isfinite(change)

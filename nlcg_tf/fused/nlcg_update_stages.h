@@ -54,10 +54,10 @@ template <typename T>
 NLCG_HOST_DEVICE void MeasureGainRatio(const T* reals, const int64_t* counts, double slope,
                                        double previous_slope, Stage<T>* stage) {
   const double loss = stage->loss;
-  const double change = loss - reals[kLastLoss] - (slope + previous_slope) / 2;
-  double error = fabs(change / loss) - kRounding;
+  const double difference = loss - reals[kLastLoss] - (slope + previous_slope) / 2;
+  double error = fabs(difference) - kRounding * fabs(loss);
   if (error < 0) error = 0;
-  const double size = (fabs(slope / loss) + fabs(previous_slope / loss)) / 2;
+  const double size = (fabs(slope) + fabs(previous_slope)) / 2;
   if (!stage->first && Finite(error) && Finite(size)) {
     const double memory = counts[kUpdates] > 1 ? kMemory : 0;
     stage->reals[kPredictionError] = T(memory * reals[kPredictionError] + (1 - memory) * error);

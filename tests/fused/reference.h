@@ -145,11 +145,11 @@ class Reference {
   }
 
   void MeasureGainRatio() {
-    const double error = (loss - reals[nlcg::kLastLoss] - (slope + old_slope) / 2) / loss;
+    const double error = loss - reals[nlcg::kLastLoss] - (slope + old_slope) / 2;
     if (!first) {
       const double old = b->counts[nlcg::kUpdates] > 1 ? 0.9 : 0;
-      const double left = std::fmax(std::abs(error) - 1e-6, 0);
-      const double predicted_change = (std::abs(slope) + std::abs(old_slope)) / 2 / std::abs(loss);
+      const double left = std::fmax(std::abs(error) - 1e-6 * std::abs(loss), 0);
+      const double predicted_change = (std::abs(slope) + std::abs(old_slope)) / 2;
       reals[nlcg::kPredictionError] = T(old * reals[nlcg::kPredictionError] + (1 - old) * left);
       reals[nlcg::kPredictedChange] =
           T(old * reals[nlcg::kPredictedChange] + (1 - old) * predicted_change);

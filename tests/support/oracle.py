@@ -95,9 +95,9 @@ class Oracle:
     def _test(self, g, loss):
         """gain_ratio from the last step's change of the loss, and the gradients' mean length."""
         if self.updates > 0:
-            predicted_change = (abs(g @ self.s) + abs(self.g_prev @ self.s)) / 2 / abs(loss)
-            error = abs(loss - self.last_loss - (g + self.g_prev) @ self.s / 2) / abs(loss)
-            error = max(error - 1e-6, 0.0)
+            predicted_change = (abs(g @ self.s) + abs(self.g_prev @ self.s)) / 2
+            error = abs(loss - self.last_loss - (g + self.g_prev) @ self.s / 2)
+            error = max(error - 1e-6 * abs(loss), 0.0)
             old = 0.9 if self.updates > 1 else 0.0
             self.prediction_error = old * self.prediction_error + (1 - old) * error
             self.predicted_change = old * self.predicted_change + (1 - old) * predicted_change
