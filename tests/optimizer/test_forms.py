@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import nlcg_tf
-from nlcg_tf import NLCG
+from nlcg_tf import NLCG, noise
 from tests.support.problems import paper_nlcg
 
 
@@ -105,3 +105,23 @@ def test_steps_keep_their_length_as_noisy_gradients_shrink():
     assert lengths[0] == pytest.approx(0.2, rel=1e-5)
     assert lengths[1] == pytest.approx(0.02, rel=0.01)
     assert lengths[-1] == pytest.approx(0.2, rel=0.01)
+
+
+def test_a_constant_in_the_loss_does_not_change_the_gain_ratio():
+    """Losses that fall by orders, which gradients predict the worse the longer."""
+
+    def gain_ratios(constant):
+        rng = np.random.default_rng(0)
+        last, means, ratios = 100.0, [tf.constant(0.0)] * 2, []
+        for t in range(1, 20):
+            loss = last * (0.8 + 0.04 * t * rng.uniform(-1, 1))
+            known = (loss + constant, last + constant, -0.2 * last, -0.2 * last)
+            known = [tf.constant(x, tf.float32) for x in known]
+            ratio, *means = noise.measure_gain_ratio(*known, *means, t)
+            ratios.append(float(ratio))
+            last = loss
+        return ratios
+
+    ratios = gain_ratios(0.0)
+    assert min(ratios) < 0.6 and max(ratios) > 0.9
+    np.testing.assert_allclose(gain_ratios(50.0), ratios, atol=2e-3)
