@@ -15,7 +15,7 @@ for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # none where it is closed, another thing in a notebook
         stream.reconfigure(errors="backslashreplace")
 
-is_program = (program or "").startswith(("trainers.", "scripts.", "tests."))
+is_program = (program or "").startswith(("trainers.", "tests."))
 if is_program:
     # Figures go to files; a notebook's own backend is not for other processes.
     os.environ["MPLBACKEND"] = "Agg"
