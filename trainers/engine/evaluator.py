@@ -1,5 +1,7 @@
 """Loss and accuracy of a classifier over all workers' parts of the test images."""
 
+import functools
+
 import tensorflow as tf
 
 
@@ -27,7 +29,7 @@ class Evaluator:
         loss, top1, top5, count = cluster.sum_over_workers(sums.numpy().tolist())
         return loss / count, top1 / count, top5 / count
 
-    @tf.function
+    @functools.partial(tf.function, autograph=False)
     def _sums(self, images, labels, weights):
         logits = self.model(images, training=False)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)

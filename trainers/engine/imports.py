@@ -1,6 +1,8 @@
-"""A quick import of TensorFlow."""
+"""Quick imports of large packages."""
 
+import contextlib
 import gc
+import os
 import sys
 
 # Packages for which Keras and TensorFlow Lite look, and for which the programs have no use, or only
@@ -8,18 +10,30 @@ import sys
 OPTIONAL = ("jax", "matplotlib", "pandas", "sklearn")
 
 
+@contextlib.contextmanager
+def hidden(packages):
+    """Context in which packages that nobody has imported yet cannot be found."""
+    names = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(names))  # with None there, Python finds no such package
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name)
+
+
 def import_tensorflow(without=OPTIONAL):
-    """Imports TensorFlow and Keras, while some packages cannot be found.
+    """Imports TensorFlow and Keras, with oneDNN, while some packages cannot be found.
 
-    It makes a million objects that last. Looking through them for garbage, again and again and once
-    more at the end, would take another third.
+    TensorFlow leaves oneDNN out on CPUs without AVX512-VNNI, such as many of AMD's. ResNets train 2
+    to 3 times as fast with it.
+
+    An import makes a million objects that last. Looking through them for garbage, again and again
+    and once more at the end, would take another third.
     """
-    hidden = [name for name in without if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # with None there, Python finds no such package
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     gc.disable()
-    import tensorflow  # noqa: F401
-
+    with hidden(without):
+        import tensorflow  # noqa: F401
     gc.freeze()
     gc.enable()
-    for name in hidden:
-        sys.modules.pop(name)
