@@ -149,8 +149,8 @@ CASES = {
         [0],
         1e-4,
     ),
-    # Of polar factors rounding grows by the gradients' condition.
-    "default": (LARGE, [0], 3e-4),
+    # Polar factors multiply rounding by the gradients' condition, the more the longer the steps.
+    "default": ({**LARGE, "peak_learning_rate": 0.004}, [0], 1e-5),
 }
 
 
