@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from trainers.data.damage import reason_of
 from trainers.data.order import epoch_indices, own_places, without_autotuning
-from trainers.engine.imports import hidden
 
 
 @dataclasses.dataclass
@@ -84,9 +83,8 @@ def _damage(path):
 
 def _digits(data_dir, download):
     """The UCI handwritten digits inside scikit-learn: no folder, no download."""
-    with hidden(["pandas"]):  # a fifth of the import
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = digits.images[..., None].astype(np.uint8)

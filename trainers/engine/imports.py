@@ -1,6 +1,5 @@
-"""Quick imports of large packages."""
+"""A quick import of TensorFlow."""
 
-import contextlib
 import gc
 import os
 import sys
@@ -8,18 +7,6 @@ import sys
 # Packages for which Keras and TensorFlow Lite look, and for which the programs have no use, or only
 # later: a third of an import.
 OPTIONAL = ("jax", "matplotlib", "pandas", "sklearn")
-
-
-@contextlib.contextmanager
-def hidden(packages):
-    """Context in which packages that nobody has imported yet cannot be found."""
-    names = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(names))  # with None there, Python finds no such package
-    try:
-        yield
-    finally:
-        for name in names:
-            sys.modules.pop(name)
 
 
 def import_tensorflow(without=OPTIONAL):
@@ -32,8 +19,12 @@ def import_tensorflow(without=OPTIONAL):
     and once more at the end, would take another third.
     """
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    hidden = [name for name in without if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # with None there, Python finds no such package
     gc.disable()
-    with hidden(without):
-        import tensorflow  # noqa: F401
+    import tensorflow  # noqa: F401
+
     gc.freeze()
     gc.enable()
+    for name in hidden:
+        sys.modules.pop(name)

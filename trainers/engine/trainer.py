@@ -59,7 +59,7 @@ class Trainer:
     def divide(self, plan):
         """Sets the `BatchPlan`; what depends on the number of workers is traced anew."""
         self.plan = plan
-        # None of them has control flow to be converted, a tenth of the time to start.
+        # No control flow in them hangs on tensors. To look for it takes a tenth of a start.
         function = functools.partial(tf.function, autograph=False)
         self.gradients = function(self._gradients, jit_compile=self._jit_compile)
         self.micro_step = function(self._micro_step)
