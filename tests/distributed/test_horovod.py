@@ -5,13 +5,21 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.support.launch import ROOT, TRAINER, has_mpi, horovodrun, mpirun, needs_horovod, run
+from tests.support.launch import (
+    PYTHON,
+    ROOT,
+    TRAINER,
+    has_mpi,
+    horovodrun,
+    mpirun,
+    needs_horovod,
+    run,
+)
 from tests.trainers import kill_test
 
 FILES = sorted(pathlib.Path(__file__).parent.glob("checks_*.py"))
@@ -25,7 +33,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def outcome():
-    return horovodrun(sys.executable, "-m", "tests.distributed.run_checks")
+    return horovodrun(*PYTHON, "-m", "tests.distributed.run_checks")
 
 
 @needs_horovod
@@ -80,7 +88,7 @@ def test_killed_runs_end_as_if_they_had_been_left_alone(tmp_path):
     command = ["-m", "tests.trainers.kill_test", "--kills=1", "--epochs=5", "--seed=1"]
     command += ["--workers", "2", "--folder", tmp_path, "--"]
     command += [*kill_test.TRAINING, "--shard_optimizer"]
-    result = run([sys.executable, *command])
+    result = run([*PYTHON, *command])
     assert result.returncode == 0, result.stderr[-4000:]
     assert "2 worker(s): 1 kills" in result.stdout and "bit for bit" in result.stdout
 
@@ -133,7 +141,7 @@ from trainers.engine.imports import import_tensorflow
 import_tensorflow()
 sys.path.insert(0, {str(tmp_path)!r})
 import nlcg_tf.horovod"""
-    result = run([sys.executable, "-c", code])
+    result = run([*PYTHON, "-c", code])
     assert "nlcg_tf.horovod needs Horovod built for this TensorFlow" in result.stderr
     assert "scripts/setup.sh" in result.stderr.splitlines()[-1]
     assert (ROOT / "scripts" / "setup.sh").is_file()

@@ -3,8 +3,6 @@
 import logging
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -14,6 +12,7 @@ import tensorflow as tf
 from nlcg_tf import NLCG, fused
 from nlcg_tf.fused import nlcg_update
 from tests.fused.raw_op import GIVEN_SPOILERS, LARS_SPOILERS, SPOILERS, Call, fuzz
+from tests.support.launch import PYTHON, run
 from tests.support.problems import paper_nlcg, regression_data, regression_model
 
 REFUSED = (tf.errors.OpError, TypeError, ValueError)
@@ -183,8 +182,7 @@ def test_an_unusable_library_falls_back_with_one_warning(tmp_path, fused_library
     for name, content in libraries.items():
         (tmp_path / name).write_bytes(content)
     paths = [str(tmp_path / name) for name in ("missing", *libraries)]
-    command = [sys.executable, "-c", UNUSABLE, *paths]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run([*PYTHON, "-c", UNUSABLE, *paths])
     assert result.returncode == 0, result.stderr
     said = dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
     assert set(said) == {"missing", *libraries}

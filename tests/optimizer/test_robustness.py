@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from nlcg_tf import NLCG
+from tests.support.launch import PYTHON, run
 from tests.support.problems import (
     DEFAULT,
     PRECONDITIONERS,
@@ -124,23 +125,12 @@ def test_one_huge_gradient_does_not_undo_the_training(preconditioner, fused):
 
 
 def test_same_bits_for_any_number_of_threads(fused):
-    """The fixed-order sums promise it; each thread count needs a process of its own: a fork."""
-    import subprocess
-    import sys
-
+    """The fixed-order sums promise it; each thread count needs a process of its own."""
     script = """
-import os, sys
-from trainers.engine.imports import import_tensorflow
-import_tensorflow()
+import sys
 import numpy as np, keras, tensorflow as tf
 from nlcg_tf import NLCG
-for threads in (1, 2, 8):
-    if os.fork() == 0:
-        break
-    assert os.wait()[1] == 0
-else:
-    sys.exit()
-tf.config.threading.set_intra_op_parallelism_threads(threads)
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[2]))
 rng = np.random.default_rng(0)
 variables = [keras.Variable(rng.normal(size=n).astype("float32")) for n in (1000003, 4097, 63)]
 optimizer = NLCG(0.01, "polak_ribiere", "bfgs", None, False, fused=sys.argv[1] == "True")
@@ -151,7 +141,6 @@ import hashlib
 bits = b"".join(v.numpy().tobytes() for v in [*variables, *optimizer.variables])
 print(hashlib.sha256(bits).hexdigest())
 """
-    command = [sys.executable, "-c", script, str(fused)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    digests = done.stdout.split()
-    assert len(digests) == 3 and len(set(digests)) == 1
+    done = [run([*PYTHON, "-c", script, fused, threads]) for threads in (1, 2, 8)]
+    digests = {result.stdout for result in done}
+    assert len(digests) == 1 and len(digests.pop()) == 65, done[0].stderr

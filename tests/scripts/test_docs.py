@@ -1,15 +1,13 @@
 """The documentation: its examples learn, its links lead somewhere, its pages build."""
 
-import os
-import pathlib
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.support.launch import PYTHON, ROOT, environment, run
+
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 # What each prints at its end, and between which bounds. On the digits chance is 0.1; SGD with the
@@ -58,19 +56,13 @@ def test_example_learns(example):
         pytest.importorskip("jax")
     if "launch_horovodrun" in command:
         pytest.importorskip("horovod")
-    binaries = pathlib.Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    environment.pop("KERAS_BACKEND", None)
+    variables = environment()
+    variables.pop("KERAS_BACKEND", None)
     words = shlex.split(command)
-    if words[0] == "python" and example not in ("fit", "jax_devices"):
-        words.insert(1, "tests/support/quickly.py")  # a start of TensorFlow in half the time
+    if example not in ("fit", "jax_devices"):
+        words = [part for word in words for part in (PYTHON if word == "python" else [word])]
     done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        words, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     last = done.stdout.strip().splitlines()[-1]
@@ -106,16 +98,7 @@ def test_links_lead_to_files_and_headings(page):
 def test_site_builds_without_a_warning(tmp_path):
     for name in ("material", "mkdocs", "mkdocstrings_handlers.python"):
         pytest.importorskip(name)
-    binaries = pathlib.Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["scripts/docs.sh", tmp_path / "site"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run(["scripts/docs.sh", tmp_path / "site"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     index = tmp_path / "site" / "index.html"

@@ -12,27 +12,14 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.launch import ROOT, environment
+from tests.support.launch import PYTHON, ROOT, environment, run
 from trainers.engine.folder import read_flags, read_json, read_metrics
 
 pytest.importorskip("jax")
 FLAGS = {"dataset": "digits", "depth": 8, "per_worker_batch_size": 8, "log_steps": 1}
-# Each case of a program is a fork of one process, which has imported everything.
-IN_FORKS = """
-import json, os, sys
-
-def each(cases):
-    for name, case in cases.items():
-        child = os.fork()
-        if not child:
-            return name, case
-        if os.waitpid(child, 0)[1]:
-            sys.exit(f"{name} failed")
-    sys.exit()
-
-"""
 # The trainer itself, on images that are not augmented: where it begins, and 20 updates later.
-TENSORFLOW = f"""{IN_FORKS}
+TENSORFLOW = """
+import json, sys
 import numpy as np
 import tensorflow as tf
 from absl import flags
@@ -41,15 +28,14 @@ from trainers.engine.cluster import OneProcess
 from trainers.engine.plan import make_plan
 from trainers.engine.run import _make_trainer
 
-case, words = each(json.loads(sys.argv[2]))
-flags.FLAGS(["x", *words])
+flags.FLAGS(["x", *json.loads(sys.argv[2])])
 tf.config.threading.set_intra_op_parallelism_threads(1)
 task = cifar.Cifar()
 batches = flags.FLAGS.global_batch_size, flags.FLAGS.per_worker_batch_size
 plan = make_plan(task.examples, *batches, 1, 1)
 trainer = _make_trainer(task, plan, OneProcess())
 trainer.divide(plan)
-saved = {{f"start-{{i}}": v.numpy() for i, v in enumerate(trainer.model.variables)}}
+saved = {f"start-{i}": v.numpy() for i, v in enumerate(trainer.model.variables)}
 task.load()
 task.data.padding = 0
 losses, batches = [], iter(task.training_batches(plan, 0, 0, 0, 0))
@@ -57,11 +43,13 @@ for _ in range(20):
     for _ in range(plan.micro_steps):
         trainer.micro_step(*next(batches))
     losses.append(float(trainer.apply(tf.constant(0.0))[0]))
-saved.update({{f"end-{{i}}": v.numpy() for i, v in enumerate(trainer.model.variables)}})
-saved.update({{f"average-{{i}}": v.numpy() for i, v in enumerate(trainer.averages)}})
-np.savez(f"{{sys.argv[1]}}/{{case}}.npz", losses=losses, **saved)
+saved.update({f"end-{i}": v.numpy() for i, v in enumerate(trainer.model.variables)})
+saved.update({f"average-{i}": v.numpy() for i, v in enumerate(trainer.averages)})
+np.savez(sys.argv[1], losses=losses, **saved)
 """
-JAX = f"""{IN_FORKS}
+# Each case is a fork of one process, which has imported everything.
+JAX = """
+import json, os, sys
 os.environ["KERAS_BACKEND"] = "jax"
 import jax
 import numpy as np
@@ -69,14 +57,20 @@ from scripts.fullsize.data import ImageFiles
 from scripts.fullsize.runs import full_flags
 from scripts.fullsize.training import Training
 
-case, (flags, seeds) = each(json.loads(sys.argv[3]))
-given = np.load(f"{{sys.argv[1]}}/{{case}}.npz")
+for case, (flags, seeds) in json.loads(sys.argv[3]).items():
+    if not os.fork():
+        break
+    if os.wait()[1]:
+        sys.exit(f"{case} failed")
+else:
+    sys.exit()
+given = np.load(f"{sys.argv[1]}/{case}.npz")
 flags = full_flags("run", flags)
 training = Training(flags, seeds, ImageFiles(sys.argv[2], "digits"), augment=False)
 training.compile(loops_in_python=len(seeds) == 1)
 model = training.models[0]
 for i, variable in enumerate(model.variables):
-    variable.assign(given[f"start-{{i}}"])
+    variable.assign(given[f"start-{i}"])
 state, logs = training.train_epoch(training.initial_state(), 0)
 if len(seeds) > 1:
     state = jax.tree.map(lambda x: x[0], state)
@@ -85,8 +79,8 @@ for variable, value in zip(model.trainable_variables, state["weights"]):
 for variable, value in zip(model.non_trainable_variables, state["statistics"]):
     variable.assign(value)
 worst = 0.0
-found = {{f"end-{{i}}": np.asarray(v) for i, v in enumerate(model.variables)}}
-found.update({{f"average-{{i}}": v for i, v in enumerate(state["averages"])}})
+found = {f"end-{i}": np.asarray(v) for i, v in enumerate(model.variables)}
+found.update({f"average-{i}": v for i, v in enumerate(state["averages"])})
 for name, value in found.items():
     difference = np.linalg.norm(value - given[name])
     worst = max(worst, difference / (np.linalg.norm(given[name]) + 1e-3))
@@ -156,12 +150,10 @@ CASES = {
 
 def test_20_updates_equal_those_of_the_tensorflow_trainer(data, tmp_path):
     flags = {name: {**FLAGS, "epochs": 1, **own} for name, (own, *_) in CASES.items()}
-    words = {
-        name: ["--optimizer=nlcg", *(f"--{key}={value}" for key, value in own.items())]
-        for name, own in flags.items()
-    }
-    result = python("-c", TENSORFLOW, tmp_path, json.dumps(words))
-    assert result.returncode == 0, result.stderr[-3000:]
+    for name, own in flags.items():
+        words = ["--optimizer=nlcg", *(f"--{key}={value}" for key, value in own.items())]
+        result = run([*PYTHON, "-c", TENSORFLOW, tmp_path / f"{name}.npz", json.dumps(words)])
+        assert result.returncode == 0, result.stderr[-3000:]
     cases = {name: (flags[name], seeds) for name, (_, seeds, _) in CASES.items()}
     result = python("-c", JAX, tmp_path, data, json.dumps(cases))
     assert result.returncode == 0, result.stderr[-3000:]

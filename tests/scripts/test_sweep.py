@@ -15,7 +15,7 @@ import psutil
 
 from scripts.plot import tables
 from scripts.shared import runs as run_reader
-from tests.support.launch import ROOT, environment, records, run, wait_for
+from tests.support.launch import PYTHON, ROOT, environment, records, run, wait_for
 from tests.support.sweeps import DEFINITION, SWEEP, write
 
 CORES = min(2, len(os.sched_getaffinity(0)))
@@ -175,7 +175,7 @@ def test_a_killed_sweep_ends_with_the_table_of_an_undisturbed_one(tmp_path):
     """With the real trainer, which goes on from its checkpoints."""
     flags = {"dataset": "digits", "depth": 8, "epochs": 3, "global_batch_size": 256, "seed": 0}
     flags.update(deterministic=True, log_steps=1, checkpoint_steps=2)
-    definition = {"flags": flags, "optimizers": DEFINITION["optimizers"]}
+    definition = {"flags": flags, "optimizers": DEFINITION["optimizers"], "launcher": PYTHON}
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     command = [*SWEEP, write(tmp_path, definition), f"--jobs={CORES}"]
     done = run([*command, f"--folder={undisturbed}"])

@@ -1,15 +1,19 @@
 """Starts real Horovod workers."""
 
+import atexit
+import functools
 import importlib.util
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
+from tests.support import forked
 from trainers.engine.folder import read_metrics
 
 # The launchers of the environment that runs the tests.
@@ -18,7 +22,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Real images, where they are at hand; tests that need them skip without.
 DATA = ROOT.parent / "shared" / "data"
 CIFAR100 = DATA / "tensorflow_datasets"
-TRAINER = [sys.executable, "-m", "trainers.cifar", "--depth=8"]
+# What a start of Python is in most tests.
+PYTHON = [sys.executable, "-IS", str(ROOT / "tests" / "support" / "forked.py")]
+TRAINER = [*PYTHON, "-m", "trainers.cifar", "--depth=8"]
 HOROVODRUN = [sys.executable, ROOT / "tests" / "support" / "horovodrun.py", "--gloo"]
 TIMEOUT = 480  # seconds of a command; a machine with other work on it takes twice its usual time
 
@@ -35,7 +41,17 @@ def has_mpi():
 
 
 def environment(**variables):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "HOROVOD_LOG_LEVEL": "warning", **variables}
+    own = {"PYTHONPATH": str(ROOT), "HOROVOD_LOG_LEVEL": "warning", forked.ADDRESS: _server()}
+    return {**os.environ, **own, **variables}
+
+
+@functools.cache
+def _server():
+    if forked.ADDRESS in os.environ:
+        return os.environ[forked.ADDRESS]
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return forked.start_server(folder)
 
 
 def run(command, **variables):
@@ -48,38 +64,6 @@ def run(command, **variables):
         text=True,
         timeout=TIMEOUT,
     )
-
-
-def run_each(module, cases, folder):
-    """Runs `python -m module` with each of several lists of flags, one after another.
-
-    Each is a fork of one process: importing TensorFlow takes longer than all that they do.
-
-    Returns:
-        A list of finished processes, with stdout and stderr together as text.
-    """
-    code = f"""
-import gc, os, runpy, sys
-import trainers.engine.run
-gc.freeze()  # nothing of this is looked through again when a fork ends
-for i, flags in enumerate({cases!r}):
-    if os.fork():
-        print(os.waitstatus_to_exitcode(os.wait()[1]))
-        continue
-    output = os.open(f"{folder}/output-{{i}}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1), os.dup2(output, 2)
-    sys.argv = ["-m", *flags]
-    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
-    sys.exit()
-"""
-    result = run([sys.executable, "-u", "-c", code])
-    assert result.returncode == 0, result.stderr
-    return [
-        subprocess.CompletedProcess(
-            flags, int(status), pathlib.Path(folder, f"output-{i}").read_text()
-        )
-        for i, (flags, status) in enumerate(zip(cases, result.stdout.split(), strict=True))
-    ]
 
 
 def horovodrun(*command, workers=2, **variables):

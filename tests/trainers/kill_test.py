@@ -24,7 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import psutil
 
-from tests.support.launch import HOROVODRUN
+from tests.support.launch import HOROVODRUN, PYTHON, environment
 from trainers.engine.folder import read_metrics
 
 TRAINING = ["trainers.cifar", "--depth=8", "--global_batch_size=256", "--per_worker_batch_size=64"]
@@ -33,18 +33,18 @@ TRAINING += ["--checkpoint_steps=2"]
 TIMES = ("images_per_second",)
 
 
-def start(folder, workers, options, deterministic=True):
-    command = [sys.executable, "-m", *options.training, f"--epochs={options.epochs}"]
+def start(folder, workers, options, deterministic=True, python=(sys.executable,)):
+    command = [*python, "-m", *options.training, f"--epochs={options.epochs}"]
     command += ["--log_steps=1", "--keep_checkpoints=3"]
     command += [f"--output_dir={folder}", f"--deterministic={deterministic}"]
     if workers > 1:
         command = [*map(str, HOROVODRUN), "-np", str(workers), *command]
     with pathlib.Path(f"{folder}.log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
 
 
 def finish(folder, workers, options, **arguments):
-    process = start(folder, workers, options, **arguments)
+    process = start(folder, workers, options, python=PYTHON, **arguments)
     if process.wait():
         sys.exit(f"error: the run failed, see {folder}.log")
 

@@ -3,9 +3,7 @@
 The promise of docs/architecture.md: from there on they are known everywhere.
 """
 
-import sys
-
-from tests.support.launch import run
+from tests.support.launch import PYTHON, run
 
 PROGRAM = """
 import dataclasses, pathlib, sys
@@ -67,6 +65,6 @@ print("added")
 
 
 def test_what_is_added_in_one_place_is_known_everywhere(tmp_path):
-    result = run([sys.executable, "-c", PROGRAM, tmp_path])
+    result = run([*PYTHON, "-c", PROGRAM, tmp_path])
     assert result.stdout.endswith("added\n"), result.stdout + result.stderr[-4000:]
     assert "mine: batch 512 = 1 worker(s) x 1 micro-step(s) x 512; 2 updates" in result.stdout

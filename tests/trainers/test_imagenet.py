@@ -12,10 +12,10 @@ import pytest
 import tensorflow as tf
 
 from configs import generate
-from tests.support.launch import DATA, ROOT, records, run, run_each
+from tests.support.launch import DATA, PYTHON, ROOT, records, run
 from trainers.models.resnet50 import resnet50
 
-TRAINER = [sys.executable, "-m", "trainers.imagenet"]
+TRAINER = [*PYTHON, "-m", "trainers.imagenet"]
 PHOTOS = DATA / "imagenette"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos are not there")
 ORIGINALS = {"v1": keras.applications.ResNet50, "v2": keras.applications.ResNet50V2}
@@ -81,7 +81,7 @@ for workers in (1, 64):
         print(f"== {path.stem} {workers}")
         run.run(imagenet.ImageNet())
 """
-    result = run([sys.executable, "-c", code])
+    result = run([*PYTHON, "-c", code])
     assert result.returncode == 0, result.stderr[-4000:]
     parts = result.stdout.split("== ")[1:]
     assert len(parts) == 2 * 13
@@ -103,12 +103,11 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path):
         (["--dataset=synthetic", "--image_size=16"], "error: --image_size=16"),
         (["--dataset=synthetic", "--workers=2"], "error: --workers is for --dry_run"),
     ]
-    commands = [[f"--output_dir={tmp_path / 'run'}", *flags] for flags, _ in cases]
-    results = run_each("trainers.imagenet", commands, tmp_path)
-    for result, (_, message) in zip(results, cases):
+    for flags, message in cases:
+        result = run([*TRAINER, f"--output_dir={tmp_path / 'run'}", *flags])
         assert result.returncode == 2, result
-        lines = [line for line in result.stdout.splitlines() if line.startswith("error:")]
-        assert len(lines) == 1 and message in lines[0], result.stdout
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and message in lines[0], result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -141,7 +140,7 @@ def test_photos_are_trained_on_evaluated_and_exported(tmp_path):
     assert (summary["updates"], summary["micro_steps"]) == (4, 2)
     assert summary["skipped_images"] == 1
     assert ["top1" in record for record in records(folder, "epoch")] == [False, True]
-    evaluate = [sys.executable, "-m", "trainers.evaluate", f"--checkpoint={folder}"]
+    evaluate = [*PYTHON, "-m", "trainers.evaluate", f"--checkpoint={folder}"]
     shown = run([*evaluate, "--max_corrupt_examples=2"]).stdout  # a flag of the run's trainer
     assert f"top-1 {summary['top1']:.2%}  top-5 {summary['top5']:.2%}" in shown
     # With other photos the run must not go on: labels and order would be others.
