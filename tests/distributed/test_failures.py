@@ -1,13 +1,14 @@
 """A worker that fails ends the job with its error; one that hangs is named."""
 
 import re
+import sys
 import time
 
 import pytest
 
-from tests.support.launch import PYTHON, horovodrun, needs_horovod
+from tests.support.launch import horovodrun, needs_horovod
 
-FAILING = [*PYTHON, "-m", "tests.distributed.failing"]
+FAILING = [sys.executable, "-m", "tests.distributed.failing"]
 
 
 @needs_horovod

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def outcome():
-    return horovodrun(*PYTHON, "-m", "tests.distributed.run_checks")
+    return horovodrun(sys.executable, "-m", "tests.distributed.run_checks")
 
 
 @needs_horovod
@@ -51,7 +52,8 @@ def test_the_trainer_under_each_launcher(launcher, tmp_path):
         pytest.skip("Horovod is not built with MPI")
     folder = tmp_path / "run"
     flags = ["--global_batch_size=128", "--per_worker_batch_size=32", f"--output_dir={folder}"]
-    result = LAUNCHERS[launcher](*TRAINER, "--epochs=2", "--line_search=online", *flags)
+    flags += ["--depth=8", "--epochs=2", "--line_search=online"]
+    result = LAUNCHERS[launcher](sys.executable, "-m", "trainers.cifar", *flags)
     assert result.returncode == 0, result.stderr[-4000:]
     summary = json.loads((folder / "summary.json").read_text())
     workers = 1 if launcher == "alone" else 2

@@ -3,11 +3,16 @@
     python -IS tests/support/forked.py [python] -m MODULE ARGUMENTS      or -c CODE, or FILE
 
 Importing TensorFlow takes longer than most of what the tests' programs do. This command does what
-`python` does with the same words: it has the program's output, exit status and environment, and a
-signal sent to it comes to the program. Only SIGSTOP stops this command alone. The environment must
-be that of `tests.support.launch.environment`, which starts the process that forks.
+`python` does with the same words: it has the program's output, exit status and environment, and
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 come to the program. If the command is killed, so is the program
+a moment later.
+
+A fork differs from a process of its own: it has the order of sets of the process that forks, and
+whatever variables Python, Keras and TensorFlow read when they are imported. So tests of imports, of
+such variables, and of what workers must do in the same order start a Python of their own.
 """
 
+import contextlib
 import marshal
 import os
 import select
@@ -19,40 +24,57 @@ ADDRESS = "NLCG_TESTS_FORKING"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def start_server(folder):
-    """Starts the process that forks, which ends with this one; returns its address."""
+def start_server():
+    """Starts the process that forks, which ends when `server.stdin` is closed.
+
+    Returns:
+        `(server, address)`, of which the caller keeps the first.
+    """
     import pathlib
     import subprocess
+    import tempfile
 
-    address = os.path.join(folder, "socket")
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
-    descriptor = listener.detach()
-    command = [sys.executable, "-u", "-m", "tests.support.forked", str(descriptor)]
-    streams = {"stdin": subprocess.PIPE, "stderr": open(f"{address}.log", "w")}
+    # Another folder's name may be too long for a socket.
+    address = os.path.join(tempfile.mkdtemp(dir="/tmp"), "socket")
     root = pathlib.Path(__file__).parents[2]
-    subprocess.Popen(command, pass_fds=[descriptor], cwd=root, **streams)
-    os.close(descriptor)
-    return address
+    with socket.socket(socket.AF_UNIX) as listener, open(f"{address}.log", "w") as log:
+        listener.bind(address)
+        listener.listen(64)
+        number = listener.fileno()
+        server = subprocess.Popen(
+            [sys.executable, "-u", "-m", "tests.support.forked", str(number)],
+            cwd=root,
+            pass_fds=[number],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a terminal's Ctrl-C comes to the commands
+        )
+    return server, address
 
 
 def main(words):
     """The command: has its program run by the server, and ends as that does."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(os.environ[ADDRESS])
-    for number in FORWARDED:
-        signal.signal(number, lambda number, frame: connection.send(bytes([number])))
-    content = marshal.dumps((words, os.getcwd(), dict(os.environ), os.sched_getaffinity(0)))
-    socket.send_fds(connection, [len(content).to_bytes(4, "little")], [0, 1, 2])
-    connection.sendall(content)
-    answer = connection.recv(4)
+    answer = b""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(os.environ[ADDRESS])
+        content = marshal.dumps((words, os.getcwd(), dict(os.environ), os.sched_getaffinity(0)))
+        socket.send_fds(connection, [len(content).to_bytes(4, "little")], [0, 1, 2])
+        connection.sendall(content)
+        # From now on Python sends the numbers of signals by itself.
+        connection.setblocking(False)
+        signal.set_wakeup_fd(connection.fileno(), warn_on_full_buffer=False)
+        for number in FORWARDED:
+            signal.signal(number, lambda *_: None)
+        select.select([connection], [], [])
+        answer = connection.recv(4)
     if not answer:
         with open(f"{os.environ[ADDRESS]}.log") as file:
             sys.exit(f"the process that forks has failed: {file.read()}")
     status = int.from_bytes(answer, "little", signed=True)
     if status < 0:
-        if -status in FORWARDED:
+        signal.set_wakeup_fd(-1)
+        if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
@@ -60,12 +82,13 @@ def main(words):
 
 def serve(listener):
     """Forks once for each command, until the tests have ended."""
-    before = dict(os.environ)
+    import gc
+    import shutil
+
+    address, before = listener.getsockname(), dict(os.environ)
     from trainers.engine.imports import import_tensorflow
 
     import_tensorflow()
-    import gc
-
     import trainers.engine.run  # noqa: F401
 
     gc.freeze()  # nothing of this is looked through again when a fork ends
@@ -77,6 +100,7 @@ def serve(listener):
             listener.close()
             return _watch_over(connection, changed)
         connection.close()
+    shutil.rmtree(os.path.dirname(address))
 
 
 def _watch_over(connection, changed):
@@ -84,42 +108,41 @@ def _watch_over(connection, changed):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     head, streams, *_ = socket.recv_fds(connection, 4, 3)
     content = connection.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL)
-    words, folder, environment, cores = marshal.loads(content)
     program = os.fork()
     if program == 0:
         connection.close()
-        os.sched_setaffinity(0, cores)
-        return _run(words, folder, {**changed, **environment}, streams)
+        return _run(*marshal.loads(content), changed, streams)
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(program)
     while ended not in select.select([connection, ended], [], [])[0]:
-        number = connection.recv(1)
-        if not number:  # the command was killed
-            os.kill(program, signal.SIGKILL)
-            os._exit(0)
+        number = connection.recv(1) or bytes([signal.SIGKILL])  # nothing: the command was killed
         os.kill(program, number[0])
     status = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-    connection.send(status.to_bytes(4, "little", signed=True))
+    with contextlib.suppress(OSError):
+        connection.send(status.to_bytes(4, "little", signed=True))
     os._exit(0)
 
 
-def _run(words, folder, environment, streams):
-    import random
+def _run(words, folder, environment, cores, changed, streams):
     import runpy
     import types
 
     import numpy as np
 
-    for target, (stream, name) in enumerate(zip(streams, ("stdin", "stdout", "stderr"))):
+    for target, stream in enumerate(streams):
         os.dup2(stream, target)
         os.close(stream)
-        setattr(sys, name, open(target, "w" if target else "r", buffering=1, closefd=False))
+    environment = {**changed, **environment}
+    lines = 1 if "PYTHONUNBUFFERED" in environment else -1
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", lines, closefd=False)
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    random.seed(), np.random.seed()  # otherwise all forks draw the same numbers
-    option, *words = words if words[0] in ("-m", "-c") else ["", *words]
+    os.sched_setaffinity(0, cores)
+    np.random.seed()  # Python's own generator seeds itself anew
+    option = words.pop(0) if words[0] in ("-m", "-c") else ""
     sys.argv = [option or words[0], *words[1:]]
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[0:1] = [folder if option else os.path.dirname(words[0]), *filter(None, paths)]
@@ -134,6 +157,7 @@ def _run(words, folder, environment, streams):
 
 if __name__ == "__main__":
     if sys.flags.isolated:
+        # A sweep's launcher is followed by the sweep's own Python.
         main(sys.argv[2:] if sys.argv[1] == sys.executable else sys.argv[1:])
     else:
         serve(socket.socket(fileno=int(sys.argv[1])))

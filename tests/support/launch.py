@@ -1,6 +1,5 @@
-"""Starts real Horovod workers."""
+"""Starts programs and real Horovod workers."""
 
-import atexit
 import functools
 import importlib.util
 import os
@@ -8,7 +7,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -22,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Real images, where they are at hand; tests that need them skip without.
 DATA = ROOT.parent / "shared" / "data"
 CIFAR100 = DATA / "tensorflow_datasets"
-# What a start of Python is in most tests.
+# A fork that behaves as a Python of its own, see there; where it may not be a fork: sys.executable.
 PYTHON = [sys.executable, "-IS", str(ROOT / "tests" / "support" / "forked.py")]
 TRAINER = [*PYTHON, "-m", "trainers.cifar", "--depth=8"]
 HOROVODRUN = [sys.executable, ROOT / "tests" / "support" / "horovodrun.py", "--gloo"]
@@ -41,17 +39,16 @@ def has_mpi():
 
 
 def environment(**variables):
-    own = {"PYTHONPATH": str(ROOT), "HOROVOD_LOG_LEVEL": "warning", forked.ADDRESS: _server()}
+    own = {"PYTHONPATH": str(ROOT), "HOROVOD_LOG_LEVEL": "warning", forked.ADDRESS: _server()[1]}
     return {**os.environ, **own, **variables}
 
 
 @functools.cache
 def _server():
+    """The process that forks, one for each process of pytest: it, which must be kept, and where."""
     if forked.ADDRESS in os.environ:
-        return os.environ[forked.ADDRESS]
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder)
-    return forked.start_server(folder)
+        return None, os.environ[forked.ADDRESS]
+    return forked.start_server()
 
 
 def run(command, **variables):

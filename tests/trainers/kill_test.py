@@ -4,10 +4,10 @@
     python -m tests.trainers.kill_test --kills=5 --workers 2 -- trainers.imagenet --dataset=folder
 
 Each round starts the same command (ResNet-8 on handwritten digits, or what follows `--`), with
-`--deterministic`, and kills it by SIGKILL: at a random moment, or while a checkpoint is being
-written; with two workers either everything or one of them. At last the command may finish. Its
-final checkpoint must hold the same bits, and its log the same figures, as those of a run that was
-never killed. With `--cost` says too what `--deterministic` costs.
+`--deterministic`, as a process of its own, and kills it by SIGKILL: at a random moment, or while a
+checkpoint is being written; with two workers either everything or one of them. At last the command
+may finish. Its final checkpoint must hold the same bits, and its log the same figures, as those of
+a run that was never killed. With `--cost` says too what `--deterministic` costs.
 """
 
 import argparse
