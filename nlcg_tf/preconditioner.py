@@ -36,11 +36,13 @@ class Preconditioner(Configurable):
             other variables.
         uses_steps: bool, whether `update` looks at y and s, which cost the previous gradient.
         uses_weights: bool, whether the weights w are looked at.
+        limits_norms: bool, whether steps are kept from making kernels longer: see `norm_limits`.
     """
 
     couples: ClassVar[str] = "elements"
     uses_steps: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = False
+    limits_norms: ClassVar[bool] = False
 
     def initial_state(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], Any]]:
         """What is kept for a variable: from names to shape and initial value.
@@ -133,6 +135,36 @@ def apply(preconditioner, state, g, w, epsilon, sums):
             f"Received: {len(preconditioned)} of {preconditioner!r}"
         )
     return sums.join(preconditioned) if is_whole else preconditioned, mean
+
+
+def norm_limits(weights, sums):
+    """The norm that each variable may have after a step: its own, or sqrt(columns) if that is more.
+
+    Kernels smaller than that, such as those of zeros, grow to about what initializers give.
+
+    Args:
+        weights: list of tensors, before the step.
+        sums: a `nlcg_tf.reductions.Sums`.
+
+    Returns:
+        A list of scalar tensors, `None` for what is no kernel.
+    """
+    return [
+        ops.maximum(norm(w_i), w_i.shape[-1] ** 0.5) if len(w_i.shape) > 1 else None
+        for w_i in sums.pieces(weights)
+    ]
+
+
+def limited(weights, limits, sums):
+    """The weights after a step, those kernels scaled back that are longer than their limits."""
+
+    def scaled(w_i, limit):
+        if limit is None:
+            return w_i
+        length = norm(w_i)
+        return w_i * ops.where(length > limit, limit / length, ops.ones_like(length))
+
+    return sums.join([scaled(*pair) for pair in zip(sums.pieces(weights), limits)])
 
 
 def bfgs(h, g, y, s, sums):
@@ -249,6 +281,10 @@ class Spectral(Preconditioner):
     values of the step are equal. (G^T G)^(-1/2) is symmetric and positive definite, as the paper
     requires of a preconditioner. It keeps no state.
 
+    No step makes a kernel longer: W + step is scaled back to max(||W||, sqrt(columns)) if it is
+    longer than that. Batch norm makes the network's outputs independent of the norms of the kernels
+    before it. Without the limit all norms would grow several times.
+
     If the root mean square of a kernel's elements is below 0.01 / sqrt(rows), the step is as long
     as if it had this value. Without this rule a kernel that is zero would never move. The value is
     about a hundredth of what initializers give.
@@ -264,6 +300,7 @@ class Spectral(Preconditioner):
 
     couples = "variable"
     uses_weights = True
+    limits_norms = True
 
     def __post_init__(self):
         self._check("vector_length", lambda x: is_number(x) and x > 0, "be a number above 0")

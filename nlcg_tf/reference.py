@@ -13,7 +13,7 @@ One update with gradient g and loss f, in this order:
     step = d + (1 - r) (z + beta d - d)                      look-ahead
     alpha = alpha (||g_first|| / ||g||)^(1 - r)              gradient-norm normalization
     step, d = step, d shortened to twice the mean norm       update clipping
-    w = w + alpha step                                       finish_step
+    w = w + alpha step, shortened if P limits norms          finish_step
 
 That is the rule `"blended"` with a look-ahead. The others leave out the gain ratio (r = 0), the
 last two bounds on the length, and have a beta of their own.
@@ -26,7 +26,7 @@ import itertools
 from keras import ops
 
 from nlcg_tf import direction, noise
-from nlcg_tf.preconditioner import Preconditioner, apply
+from nlcg_tf.preconditioner import Preconditioner, apply, limited, norm_limits
 from nlcg_tf.reductions import total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
@@ -205,10 +205,13 @@ class Stages:
             pairs = zip(self.w, self.step)
             self.ratios = [_trust_ratio(self.optimizer, w_i, step_i) for w_i, step_i in pairs]
             sizes = [self.alpha * ratio for ratio in self.ratios]
+        before = self.w
         self.w = [
             (w_i - w_i * decay * self.learning_rate if decay else w_i) + size_i * step_i
             for w_i, step_i, size_i, decay in zip(self.w, self.step, sizes, weight_decays)
         ]
+        if self.preconditioner.limits_norms:
+            self.w = limited(self.w, norm_limits(before, self.sums), self.sums)
         squares = self.sums.dot(self.g, self.g), self.sums.dot(self.step, self.step)
         self.new["cosine"] = cosine(self.sums.dot(self.g, self.step), *squares)
         # Nothing changes if anything is not finite.

@@ -10,7 +10,13 @@ from typing import Any
 
 import keras
 
-from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, apply
+from nlcg_tf.preconditioner import (
+    DiagonalBFGS,
+    NormalizedBFGS,
+    apply,
+    limited,
+    norm_limits,
+)
 from nlcg_tf.reference import COUNTS, OWN_SLOTS, REALS, cosine
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
@@ -133,10 +139,10 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
 
     dtype = tf.as_dtype(optimizer.compute_dtype)
     gradients = [tf.cast(g, dtype) for g in gradients]
-    preconditioned = []
+    preconditioned, limits = [], None
     known = type(optimizer.preconditioner) in PRECONDITIONERS
     if not known:
-        preconditioned, state, mean = _precondition(optimizer, gradients, variables)
+        preconditioned, state, mean, limits = _precondition(optimizer, gradients, variables)
     slots = [v.handle for v in _slots_of_the_op(optimizer, variables["slots"])]
     module, _ = _load()
     # The handles are constants of a graph, packed once. Captured by it, so that SavedModels could
@@ -172,6 +178,19 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     if not known:
         _set_real(variables, "preconditioner_mean", mean)
         _assign_state(variables, state)
+    if limits is not None:
+        weights = _values(variables["weights"])
+        for variable, old, new in zip(
+            variables["weights"], weights, limited(weights, limits, optimizer.sums)
+        ):
+            if new is not old:
+                variable.assign(new)
+
+
+def _values(variables):
+    import tensorflow as tf
+
+    return [tf.convert_to_tensor(v) for v in variables]
 
 
 def _given(optimizer, learning_rate, variables):
@@ -198,7 +217,7 @@ def _slots_of_the_op(optimizer, slots):
 
 
 def _precondition(optimizer, gradients, variables):
-    """P g, the preconditioner's new state and the mean of its diagonal, by Keras' operations."""
+    """P g, the preconditioner's new state, the mean of its diagonal, and the limits of norms."""
     import tensorflow as tf
 
     preconditioner, dtype = optimizer.preconditioner, optimizer.compute_dtype
@@ -207,14 +226,13 @@ def _precondition(optimizer, gradients, variables):
         for name, slot in variables["slots"].items()
         if name not in OWN_SLOTS
     }
-    weights = None
-    if preconditioner.uses_weights:
-        weights = [tf.convert_to_tensor(v) for v in variables["weights"]]
-    gain_ratio = tf.zeros((), dtype)
-    sums = optimizer.sums
+    weights, gain_ratio, sums = _values(variables["weights"]), tf.zeros((), dtype), optimizer.sums
+    limits = norm_limits(weights, sums) if preconditioner.limits_norms else None
+    if not preconditioner.uses_weights:
+        weights = None
     state, _ = preconditioner.update(state, gradients, weights, None, None, gain_ratio, sums)
     preconditioned, mean = apply(preconditioner, state, gradients, weights, optimizer.epsilon, sums)
-    return preconditioned, state, mean
+    return preconditioned, state, mean, limits
 
 
 def _assign_state(variables, state):

@@ -31,13 +31,20 @@ def spectral(g, w):
     return (length / np.linalg.norm(factor) * factor).reshape(g.shape)
 
 
-def spectral_of_vector(shapes):
-    """The same of all variables end to end, for the oracle."""
+def limited(before, after):
+    """The weights of a variable after a step."""
+    norm = np.linalg.norm(after)
+    longest = max(np.linalg.norm(before), np.sqrt(before.shape[-1])) if before.ndim > 1 else norm
+    return after * (longest / norm) if norm > longest else after
+
+
+def of_vectors(function, shapes):
+    """A function of two arrays for all variables end to end, for the oracle."""
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
 
     def apply(g, w):
         parts = zip(np.split(g, ends), np.split(w, ends), shapes)
-        return flat(spectral(a.reshape(shape), b.reshape(shape)) for a, b, shape in parts)
+        return flat(function(a.reshape(shape), b.reshape(shape)) for a, b, shape in parts)
 
     return apply
 
@@ -70,9 +77,8 @@ def test_updates_are_those_of_the_oracle(rule, nesterov, line_search, fused):
     variables = [keras.Variable(w, dtype="float64") for w in start]
     arguments = {"nesterov": nesterov, "line_search": line_search, "fused": fused}
     optimizer = NLCG(0.02, rule, "spectral", **arguments)
-    oracle = Oracle(
-        flat(start), [], rule, spectral_of_vector(shapes), line_search, nesterov=nesterov
-    )
+    given, limit = of_vectors(spectral, shapes), of_vectors(limited, shapes)
+    oracle = Oracle(flat(start), [], rule, given, line_search, nesterov=nesterov, limit=limit)
     for t in range(10):
         gradients = [v.numpy() + 0.1 * rng.normal(size=v.shape) for v in variables]
         loss = float(np.float32(1 / (1 + t)))
@@ -93,7 +99,8 @@ def test_the_first_update_moves_a_kernel_by_the_rate_times_its_norm(nesterov, rn
     optimizer = make_optimizer(nesterov=nesterov, fused=fused)
     for before, after, g in zip(weights, step_once(optimizer, weights, gradients), gradients):
         # beta is that of the look-ahead: the direction before is zero, the coming one is not.
-        expected = -0.05 * (1 + 0.9 * nesterov) * spectral(g, before)
+        step = -0.05 * (1 + 0.9 * nesterov) * spectral(g, before)
+        expected = limited(before, before + step) - before
         np.testing.assert_allclose(after - before, expected, atol=2e-3 * np.abs(expected).max())
 
 
@@ -104,6 +111,20 @@ def test_kernels_of_zeros_move_and_gradients_of_zeros_do_nothing(fused):
     assert (moved < 0).all()
     for before, after in zip(weights[1:], others):
         np.testing.assert_array_equal(after, before)
+
+
+def test_kernels_grow_to_the_size_of_initializers_and_then_keep_their_norms(fused):
+    """Small ones, such as those of zeros, have columns of unit length at the end."""
+    rng = np.random.default_rng(0)
+    starts = [np.zeros((6, 4), "float32"), 5 * rng.normal(size=(6, 4)).astype("float32")]
+    variables = [keras.Variable(w) for w in [*starts, np.zeros(4, "float32")]]
+    optimizer = make_optimizer(fused=fused)
+    gradient = rng.normal(size=(6, 4)).astype("float32")
+    for _ in range(200):
+        optimizer.apply([gradient, gradient, np.ones(4, "float32")], variables)
+    norms = [np.linalg.norm(v.numpy()) for v in variables]
+    np.testing.assert_allclose(norms[:2], [2.0, np.linalg.norm(starts[1])], rtol=1e-5)
+    assert norms[2] > 10  # vectors have no limit
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -136,7 +157,7 @@ def test_sixteen_bit_variables_are_computed_in_float32(dtype, rng):
     weight, gradient = (rng.normal(size=(40, 5)).astype("float32") for _ in range(2))
     variable = keras.Variable(weight, dtype=dtype)
     make_optimizer().apply([tf.cast(gradient, dtype)], [variable])
-    expected = weight - 0.05 * 1.9 * spectral(gradient, weight)
+    expected = limited(weight, weight - 0.05 * 1.9 * spectral(gradient, weight))
     np.testing.assert_allclose(
         keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32")), expected, atol=2e-2
     )

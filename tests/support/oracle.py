@@ -20,7 +20,8 @@ STEP_FACTORS = [
 class Oracle:
     """One update a call of `update`; `sizes` tells LARS where each variable lies in the vector.
 
-    `preconditioner`: a name, `None`, or a function of g and w to P g.
+    `preconditioner`: a name, `None`, or a function of g and w to P g. `limit`: a function of the
+    weights before and after a step, to the weights that are kept.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Oracle:
         nesterov=False,
         momentum=0.9,
         decay=0.99,
+        limit=lambda before, after: after,
     ):
         self.w = np.array(w, np.float64)
         self.sizes, self.rule, self.eps, self.lars = sizes, rule, epsilon, lars
         self.preconditioner, self.line_search = preconditioner, line_search
         self.nesterov, self.momentum, self.decay = nesterov, momentum, decay
+        self.limit = limit
         self.h = np.ones_like(self.w)  # BFGS
         self.d = np.zeros_like(self.w)
         self.g_prev, self.z = np.zeros_like(self.w), np.zeros_like(self.w)
@@ -89,7 +92,7 @@ class Oracle:
             self.d, direction = self.clip_factor * self.d, self.clip_factor * direction
         self.alpha = self.step_size * self._trust_ratios(direction)
         self.s = self.alpha * direction
-        self.w = decayed + self.s
+        self.w = self.limit(self.w, decayed + self.s)
         self.updates += 1
 
     def _test(self, g, loss):
