@@ -37,6 +37,7 @@ class Preconditioner(Configurable):
         uses_steps: bool, whether `update` looks at y and s, which cost the previous gradient.
         uses_weights: bool, whether the weights w are looked at.
         limits_norms: bool, whether steps are kept from making kernels longer: see `norm_limits`.
+            Not with `"elements"`.
     """
 
     couples: ClassVar[str] = "elements"
@@ -110,6 +111,11 @@ def get(identifier: Any) -> Any:
         raise ValueError(
             f"`couples` of a preconditioner must be one of {', '.join(map(repr, COUPLINGS))}. "
             f"Received: {found!r} with couples={found.couples!r}"
+        )
+    if found.limits_norms and found.couples == "elements":
+        raise ValueError(
+            "A preconditioner that limits norms couples at least a variable. Received: "
+            f"{found!r} with limits_norms=True and couples='elements'"
         )
     for method in ("update", "apply"):
         _, *wanted = inspect.signature(getattr(Preconditioner, method)).parameters

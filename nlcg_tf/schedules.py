@@ -1,15 +1,18 @@
 """The learning-rate schedules of the paper's experiments; a step is an update."""
 
+import math
 from typing import Any
 
 import keras
 from keras import ops
 
+from nlcg_tf.configurable import check_choice
+
 START = 0.001
 
 
 class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
-    """A ramp from 0.001 to the peak rate, then `_after`; `epochs` fixes the length of both."""
+    """A ramp from 0.001 to the peak rate, then a decay; `epochs` fixes the length of both."""
 
     def __init__(
         self,
@@ -18,8 +21,10 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         steps_per_epoch: int,
         factor: float = 1.0,
         peak: float | None = None,
+        decay: str = "paper",
     ) -> None:
         super().__init__()
+        check_choice("decay", decay, ["paper", "cosine"])
         arguments = {
             "batch_size": batch_size,
             "epochs": epochs,
@@ -32,7 +37,7 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
-        self._config = arguments
+        self._config = {**arguments, "decay": decay}
         if peak is not None and factor != 1:
             raise ValueError(
                 f"`factor` is on the paper's rate, which `peak` replaces: give one. Received: "
@@ -50,7 +55,14 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         progress = ops.clip(epoch / self.warmup_epochs, 0.0, 1.0)
         start = min(START, self.peak)
         ramp = start + (self.peak - start) * self._ramp(progress)
-        return ops.where(epoch < self.warmup_epochs, ramp, self._after(epoch))
+        after = self._cosine if self._config["decay"] == "cosine" else self._after
+        return ops.where(epoch < self.warmup_epochs, ramp, after(epoch))
+
+    def _cosine(self, epoch):
+        """From the peak to 0."""
+        length = self._config["epochs"] - self.warmup_epochs
+        progress = ops.clip((epoch - self.warmup_epochs) / length, 0.0, 1.0)
+        return self.peak * (1 + ops.cos(math.pi * progress)) / 2
 
     def get_config(self) -> dict[str, Any]:
         return dict(self._config)
@@ -69,10 +81,11 @@ class CifarSchedule(_WarmUp):
         steps_per_epoch: number, updates in an epoch.
         factor: number by which the peak rate is multiplied.
         peak: number or `None`, the peak rate itself, in place of the formula above.
+        decay: `"paper"`, or `"cosine"` for a cosine from the peak to 0 at the end.
 
     Raises:
-        ValueError: for an argument that is not a positive number, or if both `factor` and `peak`
-            are given.
+        ValueError: for an argument that is not a positive number, for another decay, or if both
+            `factor` and `peak` are given.
     """
 
     reference_batch_size = 128
@@ -110,10 +123,11 @@ class ImageNetSchedule(_WarmUp):
         steps_per_epoch: number, updates in an epoch.
         factor: number by which the peak rate is multiplied.
         peak: number or `None`, the peak rate itself, in place of the formula above.
+        decay: `"paper"`, or `"cosine"` for a cosine from the peak to 0 at the end.
 
     Raises:
-        ValueError: for an argument that is not a positive number, or if both `factor` and `peak`
-            are given.
+        ValueError: for an argument that is not a positive number, for another decay, or if both
+            `factor` and `peak` are given.
     """
 
     reference_batch_size = 256

@@ -13,7 +13,7 @@ from trainers.data import memory
 from trainers.engine.run import main
 from trainers.flags import decides, free, is_among, weight_decay
 from trainers.models import cifar_resnet
-from trainers.optimizers.choice import cifar_line_search, peak_rate
+from trainers.optimizers.choice import cifar_line_search, schedule_arguments
 from trainers.task import Task
 
 FLAGS = flags.FLAGS
@@ -91,7 +91,7 @@ class Cifar(Task):
             plan.global_batch_size,
             plan.epochs,
             plan.updates_per_epoch,
-            **peak_rate(FLAGS.flag_values_dict(), plan.updates),
+            **schedule_arguments(FLAGS.flag_values_dict(), plan.updates),
         )
 
     def load(self):

@@ -63,6 +63,12 @@ flags.DEFINE_float(decides("weight_decay"), 1e-4, "Factor of sum(w^2) in the los
 flags.DEFINE_float(
     decides("learning_rate_factor"), 1.0, "Factor on the schedule's peak rate.", lower_bound=1e-12
 )
+flags.DEFINE_enum(
+    decides("decay"),
+    "paper",
+    ["paper", "cosine"],
+    "How the rate falls: as the paper's, or by a cosine to 0.",
+)
 flags.DEFINE_float(
     decides("peak_learning_rate"),
     None,

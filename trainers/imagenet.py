@@ -13,7 +13,7 @@ from trainers.data import photos, sources
 from trainers.engine.run import main
 from trainers.flags import decides, free, weight_decay
 from trainers.models import resnet50
-from trainers.optimizers.choice import peak_rate
+from trainers.optimizers.choice import schedule_arguments
 from trainers.task import Task
 
 FLAGS = flags.FLAGS
@@ -103,7 +103,7 @@ class ImageNet(Task):
             plan.global_batch_size,
             plan.epochs,
             plan.updates_per_epoch,
-            **peak_rate(FLAGS.flag_values_dict(), plan.updates),
+            **schedule_arguments(FLAGS.flag_values_dict(), plan.updates),
         )
 
     def load(self):

@@ -18,7 +18,7 @@ from trainers.data.order import epoch_indices
 from trainers.engine import averages
 from trainers.engine.plan import make_plan
 from trainers.models.cifar_resnet import cifar_resnet
-from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags, peak_rate
+from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags, schedule_arguments
 
 TEST_BATCH_SIZE = 500
 
@@ -51,7 +51,7 @@ class Training:
             batch,
             flags["epochs"],
             self.plan.updates_per_epoch,
-            **peak_rate(flags, self.plan.updates),
+            **schedule_arguments(flags, self.plan.updates),
         )
         self.optimizer = from_flags(flags, self.schedule, cifar_line_search(batch))
         self.optimizer.build(self.model.trainable_variables)

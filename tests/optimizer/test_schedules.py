@@ -72,6 +72,20 @@ def test_a_peak_of_ones_own_hangs_on_no_batch(schedule):
             schedule(1024, 90, 10, **arguments)
 
 
+@pytest.mark.parametrize("schedule", [CifarSchedule, ImageNetSchedule])
+def test_a_cosine_falls_from_the_peak_to_zero(schedule):
+    """After the same warm-up."""
+    plain, cosine = schedule(256, 90, 10), schedule(256, 90, 10, decay="cosine")
+    warmup = cosine.warmup_epochs
+    assert warmup == plain.warmup_epochs and float(cosine(20)) == float(plain(20))
+    for part, share in ((0, 1), (1 / 3, 0.75), (1 / 2, 0.5), (1, 0), (2, 0)):
+        step = 10 * (warmup + part * (90 - warmup))
+        assert float(cosine(step)) == pytest.approx(share * plain.peak, abs=1e-6)
+    assert schedule.from_config(cosine.get_config()).get_config() == cosine.get_config()
+    with pytest.raises(ValueError, match=r"`decay`.*decay='linear'"):
+        schedule(256, 90, 10, decay="linear")
+
+
 @pytest.mark.parametrize("batch", [512, 8192, 16384, 32768, 65536, 98304])
 @pytest.mark.parametrize("epochs", [200, 500])
 def test_cifar(batch, epochs):

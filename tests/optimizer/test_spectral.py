@@ -272,6 +272,14 @@ def test_a_coupling_that_there_is_not_is_refused(couples):
         NLCG(preconditioner=wrong)
 
 
+def test_norms_of_what_couples_elements_cannot_be_limited():
+    class Wrong(nlcg_tf.preconditioner.Preconditioner):
+        limits_norms = True
+
+    with pytest.raises(ValueError, match=r"limits norms.*Received.*couples='elements'"):
+        NLCG(preconditioner=Wrong())
+
+
 def test_an_object_without_the_interface_is_refused():
     class Old:
         def initial_state(self):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainers.flags import FLAGS
-from trainers.optimizers.choice import make_optimizer, peak_rate, spectral_peak, trained
+from trainers.optimizers.choice import make_optimizer, schedule_arguments, spectral_peak, trained
 from trainers.optimizers.lars import LARS
 from trainers.optimizers.momentum import Momentum
 from trainers.optimizers.muon import Muon
@@ -118,8 +118,8 @@ def test_muon_takes_a_convolution_for_a_matrix(length):
 )
 def test_the_spectral_form_has_a_peak_of_its_own(flags, expected):
     defaults = {"optimizer": "nlcg", "preconditioner": "spectral"}
-    defaults |= {"learning_rate_factor": 1.0, "peak_learning_rate": None}
-    rate = peak_rate({**defaults, **flags}, updates=120)
+    defaults |= {"learning_rate_factor": 1.0, "peak_learning_rate": None, "decay": "paper"}
+    rate = schedule_arguments({**defaults, **flags}, updates=120)
     assert (rate["factor"], rate["peak"]) == expected
 
 

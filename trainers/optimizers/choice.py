@@ -166,8 +166,8 @@ def spectral_peak(updates):
     return 0.064 * min(1.0, 30 / updates) ** 0.5
 
 
-def peak_rate(flags, updates):
-    """The schedule's `factor` and `peak`.
+def schedule_arguments(flags, updates):
+    """The schedule's `factor`, `peak` and `decay`.
 
     Args:
         flags: dict of values of the trainers' flags.
@@ -176,7 +176,7 @@ def peak_rate(flags, updates):
     factor, peak = flags["learning_rate_factor"], flags["peak_learning_rate"]
     if peak is None and (flags["optimizer"], flags["preconditioner"]) == ("nlcg", "spectral"):
         factor, peak = 1.0, spectral_peak(updates) * factor
-    return {"factor": factor, "peak": peak}
+    return {"factor": factor, "peak": peak, "decay": flags["decay"]}
 
 
 def cifar_line_search(global_batch_size):
