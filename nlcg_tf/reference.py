@@ -13,7 +13,7 @@ One update with gradient g and loss f, in this order:
     step = d + (1 - r) (z + beta d - d)                      look-ahead
     alpha = alpha (||g_first|| / ||g||)^(1 - r)              gradient-norm normalization
     step, d = step, d shortened to twice the mean norm       update clipping
-    w = w + alpha step, shortened if P limits norms          finish_step
+    w = w + alpha step, kernels shortened if P limits norms  finish_step
 
 That is the rule `"blended"` with a look-ahead. The others leave out the gain ratio (r = 0), the
 last two bounds on the length, and have a beta of their own.
