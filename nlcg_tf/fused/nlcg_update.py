@@ -10,13 +10,7 @@ from typing import Any
 
 import keras
 
-from nlcg_tf.preconditioner import (
-    DiagonalBFGS,
-    NormalizedBFGS,
-    apply,
-    limited,
-    norm_limits,
-)
+from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, apply, limited, norm_limits
 from nlcg_tf.reference import COUNTS, OWN_SLOTS, REALS, cosine
 
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
@@ -226,8 +220,12 @@ def _precondition(optimizer, gradients, variables):
         for name, slot in variables["slots"].items()
         if name not in OWN_SLOTS
     }
-    weights, gain_ratio, sums = _values(variables["weights"]), tf.zeros((), dtype), optimizer.sums
-    limits = norm_limits(weights, sums) if preconditioner.limits_norms else None
+    weights = limits = None
+    gain_ratio, sums = tf.zeros((), dtype), optimizer.sums
+    if preconditioner.uses_weights or preconditioner.limits_norms:
+        weights = _values(variables["weights"])  # read once: a graph then takes each norm once
+    if preconditioner.limits_norms:
+        limits = norm_limits(weights, sums)
     if not preconditioner.uses_weights:
         weights = None
     state, _ = preconditioner.update(state, gradients, weights, None, None, gain_ratio, sums)
