@@ -6,8 +6,8 @@ variables, `learning_rate_scale` among them:
     initial_state()                -> {name: initial float}
     update(state, loss, updates)   -> the new state, a dict of scalar tensors with the same names
 
-`updates` is the number of updates done before this one. `update` is total: it raises nothing, and
-what it returns for a loss that is not finite is dropped by the optimizer.
+`updates` is the number of updates done before this one. `update` raises no errors: what it returns
+for a loss that is not finite is dropped by the optimizer.
 """
 
 import dataclasses

@@ -64,8 +64,9 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
     These three rules do not use the loss. They apply the look-ahead in full, and they have neither
     the factor (||g_first|| / ||g||)^(1 - r) nor the clipping.
 
-    With `preconditioner="spectral"` each step moves a kernel along the polar factor of its
-    gradient, and the learning rate is a fraction of the kernel's norm.
+    With `preconditioner="spectral"` z moves a kernel along the polar factor of its gradient, and
+    the learning rate is a fraction of the kernel's norm. A step may not make a kernel longer than
+    max(its norm, sqrt(columns)).
 
     The state is some scalars, and slots of the shape of each variable. Each slot takes 4 bytes per
     float32 parameter. There is a slot for d and those of the preconditioner. The previous gradient
@@ -155,9 +156,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         """Creates the slots and scalars.
 
         Raises:
-            ValueError: for what is no variable, one of integers or complex numbers, and one that
-                stands twice in the list, by name; and for a state of the preconditioner that does
-                not fit.
+            ValueError: naming the entry, if one is not a floating-point variable or appears twice;
+                and if the preconditioner's initial state does not fit.
         """
         if self.built:
             return
@@ -321,7 +321,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             gradient; "gain_ratio" (with `"blended"`); "preconditioner_mean" (the harmonic mean of h
             with BFGS, which should stay within some powers of ten; else 1); and the counts
             "updates", "skipped_updates" and "rejected_curvatures" (updates whose y^T s was not
-            positive). All zero before the first update, but for the scale.
+            positive, or too small to be told from rounding). All are zero before the first update,
+            but for the scale.
         """
         shown = (*REALS[1:7], "learning_rate_scale", *COUNTS[:3])
         values = dict.fromkeys(shown, 0.0) | {"learning_rate_scale": 1.0}

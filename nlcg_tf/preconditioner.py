@@ -2,8 +2,8 @@
 
 A preconditioner is a subclass of `Preconditioner`, a small object without state of its own. It says
 which state it needs for a variable; the optimizer keeps that, and hands it over as lists, one entry
-a variable. All is total: nothing is raised, and what comes of a gradient that is not finite is
-dropped by the optimizer.
+a variable. These methods raise no errors: what comes of a gradient that is not finite is dropped
+by the optimizer.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class Preconditioner(Configurable):
     """Base class: P g = g / (1 + epsilon), what `preconditioner=None` stands for.
 
     Attributes:
-        couples: what an element of P g depends on. `"elements"`: on the same element of what it is
-            made of, and on `sums`; `"variable"`: on others of its variable too; `"model"`: on
-            other variables.
+        couples: what an element of P g depends on. `"elements"`: only on the same element of g, w
+            and the state, and on `sums`; `"variable"`: on others of its variable too; `"model"`:
+            on other variables.
         uses_steps: bool, whether `update` looks at y and s, which cost the previous gradient.
         uses_weights: bool, whether the weights w are looked at.
         limits_norms: bool, whether steps are kept from making kernels longer: see `norm_limits`.

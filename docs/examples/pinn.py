@@ -12,7 +12,7 @@ solution = (tf.sin(np.pi * x) + tf.sin(3 * np.pi * x) / 9) / np.pi**2
 f = -tf.sin(np.pi * x) - tf.sin(3 * np.pi * x)  # its second derivative
 hidden = [keras.layers.Dense(24, "tanh"), keras.layers.Dense(24, "tanh")]
 model = keras.Sequential([keras.Input((1,)), *hidden, keras.layers.Dense(1)])
-optimizer = nlcg_tf.NLCG(learning_rate=0.03)
+optimizer = nlcg_tf.NLCG(learning_rate=0.1)
 
 
 @tf.function

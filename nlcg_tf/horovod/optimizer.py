@@ -46,7 +46,7 @@ def DistributedOptimizer(
         ValueError: for another argument, an optimizer that is distributed already, or a
             combination that would let the workers train apart.
         RuntimeError: by a training step compiled by XLA, which has no Horovod kernels; by the first
-            one, on all workers, if the class of `optimizer` updates without coming to the average.
+            one, on all workers, if `optimizer` updates variables before gradients are averaged.
         ValueError: by the first training step, on all workers, if their optimizers differ in a
             setting, or their gradients in type or shape; outside of graphs by each step in which a
             variable has a gradient on some of them only; and if a variable is overwritten with its
