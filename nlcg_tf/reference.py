@@ -194,7 +194,8 @@ class Stages:
         clip_factor, mean_update_norm = noise.update_clip(norm, old["mean_update_norm"], momentum)
         self.d = [clip_factor * d_i for d_i in self.d]
         self.step = [clip_factor * step_i for step_i in self.step]
-        self.alpha = self.alpha * factor
+        alpha = self.alpha * factor
+        self.alpha = ops.where(ops.isfinite(alpha), alpha, self.alpha)
         new.update(mean_squared_norm=mean_squared_norm, first_squared_norm=first)
         new.update(mean_update_norm=mean_update_norm, clip_factor=clip_factor)
 

@@ -13,7 +13,7 @@ from trainers.data import memory
 from trainers.engine.run import main
 from trainers.flags import decides, free, is_among, weight_decay
 from trainers.models import cifar_resnet
-from trainers.optimizers.choice import cifar_line_search, schedule_arguments
+from trainers.optimizers.choice import cifar_line_search, make_schedule
 from trainers.task import Task
 
 FLAGS = flags.FLAGS
@@ -87,12 +87,7 @@ class Cifar(Task):
             )
 
     def schedule(self, plan):
-        return nlcg_tf.schedules.CifarSchedule(
-            plan.global_batch_size,
-            plan.epochs,
-            plan.updates_per_epoch,
-            **schedule_arguments(FLAGS.flag_values_dict(), plan.updates),
-        )
+        return make_schedule(nlcg_tf.schedules.CifarSchedule, FLAGS.flag_values_dict(), plan)
 
     def load(self):
         self.data = self.data_set.load(FLAGS.data_dir, FLAGS.download)

@@ -13,7 +13,7 @@ from trainers.data import photos, sources
 from trainers.engine.run import main
 from trainers.flags import decides, free, weight_decay
 from trainers.models import resnet50
-from trainers.optimizers.choice import schedule_arguments
+from trainers.optimizers.choice import make_schedule
 from trainers.task import Task
 
 FLAGS = flags.FLAGS
@@ -99,12 +99,7 @@ class ImageNet(Task):
             raise ValueError(f"--image_size={FLAGS.image_size} is too small: at least 32")
 
     def schedule(self, plan):
-        return nlcg_tf.schedules.ImageNetSchedule(
-            plan.global_batch_size,
-            plan.epochs,
-            plan.updates_per_epoch,
-            **schedule_arguments(FLAGS.flag_values_dict(), plan.updates),
-        )
+        return make_schedule(nlcg_tf.schedules.ImageNetSchedule, FLAGS.flag_values_dict(), plan)
 
     def load(self):
         self.data  # noqa: B018 (opened here, where an error is reported well)

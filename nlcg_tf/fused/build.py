@@ -19,7 +19,7 @@ import tempfile
 HERE = pathlib.Path(__file__).parent
 LIBRARY = "libnlcg_update.so"
 SOURCES: tuple[str, ...] = ("nlcg_update.h", "nlcg_update_cpu.cc", "nlcg_update_op.cc")
-SOURCES += ("nlcg_update_formulas.h", "nlcg_update_stages.h", "nlcg_update_sweeps.h")
+SOURCES += ("nlcg_update_stages.h", "nlcg_update_sweeps.h")
 SOURCES += ("nlcg_update_inputs.h", "nlcg_update_devices.h")
 SOURCES += ("nlcg_update_cuda.h", "nlcg_update_cuda.cu", "build.py")
 # No -ffast-math, which breaks the checks for NaN; no contraction to FMA: all machines round alike.
@@ -91,8 +91,9 @@ def _build(folder, tf, compiler, nvcc):
             options = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC", *ARCHITECTURES]
             source = str(HERE / "nlcg_update_cuda.cu")
             commands.append([nvcc, *options, "-c", source, "-o", objects[-1]])
-            links = [*links, f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
-            links.append("-lpthread")
+            # Before TensorFlow's libraries, which have a CUDA runtime of another version in them.
+            runtime = [f"-L{_cuda_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            links = [*runtime, "-Wl,--exclude-libs,libcudart_static.a", *links]
         record = pathlib.Path(work, "nlcg_build_info.cc")
         text = json.dumps(_record(info))
         record.write_text(f"extern __attribute__((used)) const char nlcg_build_info[] = {text};\n")

@@ -116,14 +116,15 @@ struct Variable {
 };
 
 // What the sweeps add up over a chunk.
-constexpr int kSums = 10;
+constexpr int kSums = 11;
 struct Sums {
   double values[kSums];
 };
 // kCheck: 0 where all gradients are finite, NaN otherwise; kSlope: g's
 enum CurvatureSum { kCheck, kYs, kShs, kSlope };
 // Of the divisor x and the quotient q = g/x: kGq: g'q; kInverse: 1/x; kGqPrevious: g'(g_prev/x_prev)
-enum DirectionSum { kGq = 1, kInverse, kGqPrevious, kGg, kNewSlope, kOldSlope, kQq, kQd, kDd };
+enum DirectionSum { kGq = 1, kInverse, kGqPrevious, kGg, kNewSlope, kOldSlope, kQq, kQd, kDd,
+                    kElements };
 enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 
 // `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
@@ -140,7 +141,6 @@ NLCG_HOST_DEVICE int FirstSweep(const Settings& settings) {
 constexpr int kAllSweeps = -1;
 struct Portion {
   int sweep = kAllSweeps;
-  double elements = 0;                   // in all shards; for one sweep
   const double* known[kSweepStep] = {};  // for one sweep: the sums of those before, over all shards
   double* sums = nullptr;                // for one sweep: where its sums over this shard go
 };

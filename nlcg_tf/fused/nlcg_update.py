@@ -261,9 +261,9 @@ def _update_shards(run, optimizer, variables):
     import tensorflow as tf
 
     sweeps = ["curvature"] if isinstance(optimizer.preconditioner, DiagonalBFGS) else []
-    known, elements = [], optimizer.sums.count(variables["weights"])
+    known = []
     for sweep in [*sweeps, "direction", "step"]:
-        sums = run(sweep=sweep, known_sums=known, elements=elements)
+        sums = run(sweep=sweep, known_sums=known)
         known.append(optimizer.sums.over_workers(sums))
     # The op could tell the cosine over its own part only.
     _set_real(variables, "cosine", cosine(*tf.unstack(known[-1][:3])))

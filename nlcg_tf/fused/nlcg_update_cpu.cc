@@ -2,6 +2,8 @@
 
 #include "nlcg_update.h"
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -20,88 +22,78 @@ namespace nlcg {
 namespace {
 
 constexpr int64_t kChunk = 16384;
-constexpr int64_t kStreamed = 65536;
+
+NLCG_HOST_DEVICE void StreamPart(float* p, const float* x) { _mm_stream_ps(p, _mm_loadu_ps(x)); }
+NLCG_HOST_DEVICE void StreamPart(double* p, const double* x) { _mm_stream_pd(p, _mm_loadu_pd(x)); }
+
+// A vector of elements at a time.
+template <typename T>
+struct Lanes {
+  typedef T V __attribute__((vector_size(64)));
+  static constexpr int64_t kCount = 64 / sizeof(T);
+
+  // The first `n` elements at p, the rest zero.
+  NLCG_HOST_DEVICE static V Load(const T* p, int64_t n) {
+    V x = {};
+    std::memcpy(&x, p, n * sizeof(T));
+    return x;
+  }
+  NLCG_HOST_DEVICE static void Store(T* p, V x, int64_t n) { std::memcpy(p, &x, n * sizeof(T)); }
+
+  // A store that goes past the caches: memory that is only written need not be read first.
+  NLCG_HOST_DEVICE static void Stream(T* p, const V& x) {
+    const T* parts = reinterpret_cast<const T*>(&x);
+    for (size_t i = 0; i < kCount; i += 16 / sizeof(T)) StreamPart(p + i, parts + i);
+  }
+
+  NLCG_HOST_DEVICE static double Sum(V x) {
+    double sum = 0;
+    for (int64_t i = 0; i < kCount; ++i) sum += x[i];
+    return sum;
+  }
+
+  // A sum in double of products of single elements, which are exact where T is float: of two such sums
+  // the difference is taken.
+  struct ExactSum {
+    typedef double Doubles __attribute__((vector_size(64)));
+    typedef T Part __attribute__((vector_size(8 * sizeof(T))));  // as many elements
+    Doubles sum = {};
+    template <typename... X>
+    NLCG_HOST_DEVICE void Add(X... x) {
+      for (size_t i = 0; i < sizeof(V) / sizeof(Part); ++i) sum += (... * Widened(x, i));
+    }
+    NLCG_HOST_DEVICE static Doubles Widened(const V& x, int i) {
+      Part part;
+      std::memcpy(&part, reinterpret_cast<const char*>(&x) + i * sizeof(Part), sizeof(Part));
+      return __builtin_convertvector(part, Doubles);
+    }
+    NLCG_HOST_DEVICE double Result() const { return Lanes<double>::Sum(sum); }
+  };
+
+  // Calls body(i, n) for the elements [begin, end), a whole vector at a time and then the rest.
+  template <typename Body>
+  NLCG_HOST_DEVICE static void ForEach(int64_t begin, int64_t end, Body& body) {
+    int64_t i = begin;
+    for (; i + kCount <= end; i += kCount) body(i, kCount);
+    if (i < end) body(i, end - i);
+  }
+};
 
 void Add(const Sums& from, Sums* to) {
   for (int i = 0; i < kSums; ++i) to->values[i] += from.values[i];
-}
-
-template <typename T, typename Body>
-NLCG_HOST_DEVICE Sums Run(Body body, int64_t begin, int64_t end) {
-  ForVectors<T>(begin, end, body);
-  return body.Result();
-}
-
-template <typename T>
-NLCG_HOST_DEVICE Sums RunCurvature(const Settings& settings, const Previous<T>& previous,
-                                   const Variable<T>& v, T step, int64_t begin, int64_t end) {
-  if (!SumsAreKept(v)) {
-    const T epsilon = T(settings.epsilon);
-    return Run<T>(CurvatureBody<T>{v, previous, epsilon, step, settings.nesterov}, begin, end);
-  }
-  Sums sums = Run<T>(ProductBody<T>{v}, begin, end);
-  sums.values[kSlope] = sums.values[kYs] * step;
-  if (begin == 0) sums.values[kYs] -= KeptSum(v, 0);
-  sums.values[kYs] *= step;
-  sums.values[kShs] = begin == 0 ? KeptSum(v, 1) * step * step : 0;
-  return sums;
-}
-
-template <typename T>
-NLCG_HOST_DEVICE Sums RunDirection(const Settings& settings, const Stage<T>& stage,
-                                   const Previous<T>& previous, const Variable<T>& v, T step,
-                                   int64_t begin, int64_t end) {
-  const T epsilon = T(settings.epsilon);
-  const DirectionSums<T> sums{v, previous, settings.rule, settings.nesterov};
-  if (settings.preconditioner == kIdentity) {
-    return Run<T>(PlainBody<T>{v, epsilon, step, sums}, begin, end);
-  }
-  if (settings.preconditioner == kGiven) return Run<T>(GivenBody<T>{v, sums}, begin, end);
-  if (stage.accepted) {
-    return Run<T>(HessianBody<T, true>{v, stage, epsilon, step, sums}, begin, end);
-  }
-  return Run<T>(HessianBody<T, false>{v, stage, epsilon, step, sums}, begin, end);
-}
-
-template <typename T, int kPreconditioner>
-NLCG_HOST_DEVICE Sums RunStep(const Settings& settings, const Stage<T>& stage, const Variable<T>& v,
-                              T decay_rate, int64_t begin, int64_t end) {
-  const T epsilon = T(settings.epsilon);
-  const bool nesterov = settings.nesterov;
-  // Only variables that do not stay in a cache until the next update gain by it.
-  const bool stream = v.g_prev_out != nullptr && v.size >= kStreamed &&
-                      reinterpret_cast<uintptr_t>(v.g_prev_out) % 16 == 0;
-  if (settings.lars_coefficient > 0) {
-    using Body = StepBody<T, kPreconditioner, true>;
-    return Run<T>(Body{v, stage, epsilon, decay_rate, nesterov, stream}, begin, end);
-  }
-  using Body = StepBody<T, kPreconditioner, false>;
-  return Run<T>(Body{v, stage, epsilon, decay_rate, nesterov, stream}, begin, end);
 }
 
 template <typename T>
 NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stage<T>& stage,
                                const Previous<T>& previous, const Variable<T>& v, int64_t begin,
                                int64_t end) {
-  const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1), step = previous.size * ratio;
-  const T decay_rate = T(v.weight_decay) * stage.learning_rate;
-  const int preconditioner = settings.preconditioner;
-  if (sweep == kSweepCurvature) return RunCurvature(settings, previous, v, step, begin, end);
-  if (sweep == kSweepDirection) {
-    return RunDirection(settings, stage, previous, v, step, begin, end);
+  if (settings.preconditioner == kIdentity) {
+    return RunSweep<T, kIdentity>(sweep, settings, stage, previous, v, begin, end);
   }
-  if (sweep == kSweepStep) {
-    if (preconditioner == kIdentity) {
-      return RunStep<T, kIdentity>(settings, stage, v, decay_rate, begin, end);
-    }
-    if (preconditioner == kGiven) {
-      return RunStep<T, kGiven>(settings, stage, v, decay_rate, begin, end);
-    }
-    return RunStep<T, kBfgs>(settings, stage, v, decay_rate, begin, end);
+  if (settings.preconditioner == kGiven) {
+    return RunSweep<T, kGiven>(sweep, settings, stage, previous, v, begin, end);
   }
-  return Run<T>(LarsBody<T>{v, stage, T(settings.epsilon), decay_rate, stage.alpha * ratio,
-                            preconditioner, settings.nesterov},
-                begin, end);
+  return RunSweep<T, kBfgs>(sweep, settings, stage, previous, v, begin, end);
 }
 
 NLCG_CLONES Sums SweepChunk(Sweep sweep, const Settings& settings, const Stage<float>& stage,
@@ -145,19 +137,13 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
         sums[i] = SweepChunk(kind, settings, stage, previous, variables[chunk.variable],
                              chunk.begin, chunk.end);
       }
-#if defined(__SSE2__)
       _mm_sfence();  // what was streamed must be there when the thread says that it is done
-#endif
     });
     Sums total = {};
     for (const Sums& sum : sums) Add(sum, &total);
     return total;
   };
 
-  double elements = portion.elements;
-  if (portion.sweep == kAllSweeps) {
-    for (const Variable<T>& v : variables) elements += v.size;
-  }
   Begin(reals, counts, given, &stage);
   for (int kind = FirstSweep(settings); kind <= kSweepStep; ++kind) {
     Sums total = {};
@@ -168,7 +154,7 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
     }
     if (kind == portion.sweep) std::memcpy(portion.sums, &total, sizeof(total));
     if (kind == portion.sweep && kind != kSweepStep) return false;
-    Finish(settings, kind, elements, given, total, &stage, reals, counts);
+    Finish(settings, kind, given, total, &stage, reals, counts);
   }
   if (stage.skip) return false;
   if (settings.lars_coefficient > 0 || KeepsSums(settings)) {

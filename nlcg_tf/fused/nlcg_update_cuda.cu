@@ -9,8 +9,8 @@
 #include <algorithm>
 
 #include "nlcg_update_cuda.h"
-#include "nlcg_update_formulas.h"
 #include "nlcg_update_stages.h"
+#include "nlcg_update_sweeps.h"
 
 namespace nlcg {
 namespace {
@@ -44,7 +44,7 @@ struct Scratch {
   int64_t chunks;
 };
 
-inline int64_t ChunkCount(int64_t size) { return (size + kChunk - 1) / kChunk; }
+NLCG_HOST_DEVICE int64_t ChunkCount(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
 inline size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -89,187 +89,44 @@ __device__ int FindVariable(const Entry<T>* table, int count, int64_t chunk) {
   return low;
 }
 
-// The part of a variable that a block works on.
+// A thread takes one element at a time.
 template <typename T>
-struct Part {
-  const Variable<T>& v;
-  int64_t begin, end;
+struct Lanes {
+  using V = T;
+  static constexpr int64_t kCount = 1;
+  NLCG_HOST_DEVICE static T Load(const T* p, int64_t) { return *p; }
+  NLCG_HOST_DEVICE static void Store(T* p, T x, int64_t) { *p = x; }
+  NLCG_HOST_DEVICE static void Stream(T* p, T x) { *p = x; }
+  NLCG_HOST_DEVICE static double Sum(T x) { return x; }
+  struct ExactSum {
+    double sum = 0;
+    template <typename... X>
+    NLCG_HOST_DEVICE void Add(X... x) {
+      sum += (... * double(x));
+    }
+    NLCG_HOST_DEVICE double Result() const { return sum; }
+  };
+  template <typename Body>
+  NLCG_HOST_DEVICE static void ForEach(int64_t begin, int64_t end, Body& body) {
+#pragma unroll 4
+    for (int64_t i = begin; i < end; i += kThreads) body(i, 1);
+  }
 };
-
-// The last step, of `step` times the direction.
-template <typename T>
-__device__ T LastStep(const Settings& settings, const Previous<T>& previous, const Variable<T>& v,
-                      T step, T old_divisor, int64_t i) {
-  T d = v.d[i];
-  if (settings.nesterov)
-    d = Direction(v.g_prev[i], old_divisor, d, previous.gradient_factor, previous.direction_factor);
-  return step * d;
-}
-
-template <typename T>
-__device__ Sums CurvatureSweep(const Settings& settings, const Previous<T>& previous,
-                               const Part<T>& part, T step) {
-  const Variable<T>& v = part.v;
-  const T epsilon = T(settings.epsilon);
-  T check = 0;
-  double ys = 0, shs = 0, slope = 0;
-  if (SumsAreKept(v)) {
-#pragma unroll 4
-    for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-      const T g = v.g[i];
-      check += g - g;
-      ys += double(g) * v.d[i];
-    }
-    slope = ys * step;
-    if (part.begin == 0 && threadIdx.x == 0) {
-      ys -= KeptSum(v, 0);
-      shs = KeptSum(v, 1) * step * step;
-    }
-    ys *= step;
-  } else {
-#pragma unroll 4
-    for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-      const T g = v.g[i], h = v.h[i], s = LastStep(settings, previous, v, step, h + epsilon, i);
-      check += g - g;
-      ys += (g - v.g_prev[i]) * s;
-      shs += s * (h * s);
-      slope += g * s;
-    }
-  }
-  return {{double(check), ys, shs, slope}};
-}
-
-template <typename T, int kPreconditioner>
-__device__ Sums DirectionSweep(const Settings& settings, const Stage<T>& stage,
-                               const Previous<T>& previous, const Part<T>& part, T step) {
-  const Variable<T>& v = part.v;
-  const T epsilon = T(settings.epsilon);
-  const bool accepted = kPreconditioner == kBfgs && stage.accepted;
-  const bool tests = kPreconditioner != kBfgs && settings.rule == kBlended;
-  T check = 0, gq = 0, inverse = 0, gq_previous = 0, gg = 0, new_slope = 0, old_slope = 0;
-  T qq = 0, qd = 0, dd = 0;
-#pragma unroll 4
-  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-    const T g = v.g[i];
-    T divisor = T(1) + epsilon, old_divisor = divisor;
-    if (kPreconditioner == kBfgs) {
-      T h = v.h[i];
-      old_divisor = h + epsilon;
-      if (accepted) {
-        const T s = LastStep(settings, previous, v, step, old_divisor, i);
-        h = HessianDiagonal(h, s, g - v.g_prev[i], stage.inv_shs, stage.inv_ys);
-      }
-      if (stage.forget != 0) h = Forget(h, stage.forget);
-      if (accepted || stage.forget != 0) v.h[i] = h;
-      divisor = h + epsilon;
-      inverse += T(1) / divisor;
-    }
-    check += g - g;
-    const T q = kPreconditioner == kGiven ? v.preconditioned[i] : g / divisor;
-    gq += g * q;
-    gg += g * g;
-    qq += q * q;
-    if (settings.rule == kBlended) {
-      qd += q * v.d[i];
-      dd += v.d[i] * v.d[i];
-    }
-    if (settings.rule == kPolakRibiere) gq_previous += g * (v.g_prev[i] / old_divisor);
-    if (tests) {
-      const T s = LastStep(settings, previous, v, step, old_divisor, i);
-      new_slope += g * s;
-      old_slope += v.g_prev[i] * s;
-    }
-  }
-  return {{double(check), double(gq), double(inverse), double(gq_previous), double(gg),
-           double(new_slope), double(old_slope), double(qq), double(qd), double(dd)}};
-}
-
-template <typename T, int kPreconditioner>
-__device__ Sums StepSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
-                          T decay_rate) {
-  const Variable<T>& v = part.v;
-  const T epsilon = T(settings.epsilon);
-  const bool lars = settings.lars_coefficient > 0, keeps_sums = v.curvature_sums != nullptr;
-  T gd = 0, gg = 0, dd = 0, ww = 0;
-  double next_gd = 0, next_shs = 0;
-#pragma unroll 4
-  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-    const T g = v.g[i], w = v.w[i];
-    T h = v.h == nullptr ? T(1) : v.h[i], divisor = h, divided = g;
-    if (kPreconditioner == kGiven) {
-      divided = v.preconditioned[i];
-    } else {
-      divisor += epsilon;
-    }
-    const T d = Direction(divided, divisor, v.d[i], stage.scale, stage.beta);
-    const T step = settings.nesterov ? Direction(divided, divisor, d, stage.gradient_factor,
-                                                 stage.direction_factor)
-                                     : d;
-    v.d[i] = d;
-    if (v.g_prev_out != nullptr) v.g_prev_out[i] = g;
-    if (lars) {
-      ww += w * w;
-    } else {
-      v.w[i] = Weight(w, step, decay_rate, stage.alpha);
-    }
-    gd += g * step;
-    gg += g * g;
-    dd += step * step;
-    if (kPreconditioner == kBfgs && keeps_sums) {
-      next_gd += double(g) * d;
-      next_shs += double(d) * h * d;
-    }
-  }
-  return {{double(gd), double(gg), double(dd), double(ww), next_gd, next_shs}};
-}
-
-template <typename T, int kPreconditioner>
-__device__ void LarsSweep(const Settings& settings, const Stage<T>& stage, const Part<T>& part,
-                          T decay_rate, T step) {
-  const Variable<T>& v = part.v;
-  const T epsilon = T(settings.epsilon);
-#pragma unroll 4
-  for (int64_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) {
-    T d = v.d[i];
-    if (settings.nesterov) {
-      T h = v.h == nullptr ? T(1) : v.h[i];
-      d = kPreconditioner == kGiven
-              ? Direction(v.preconditioned[i], T(1), d, stage.gradient_factor,
-                          stage.direction_factor)
-              : Direction(v.g[i], h + epsilon, d, stage.gradient_factor, stage.direction_factor);
-    }
-    v.w[i] = Weight(v.w[i], d, decay_rate, step);
-  }
-}
 
 template <typename T, int kSweep, int kPreconditioner>
 __global__ void __launch_bounds__(kThreads)
     SweepKernel(Settings settings, Scratch<T> scratch, const T* reals) {
   __shared__ double shared[kThreads];
   // The first sweep comes before anything is known of this update.
-  const bool is_first = kSweep == (kPreconditioner == kBfgs ? kSweepCurvature : kSweepDirection);
-  const Stage<T>& stage = *scratch.stage;
-  if (!is_first && stage.skip) return;
+  if (kSweep != FirstSweep(settings) && scratch.stage->skip) return;
   const int64_t chunk = blockIdx.x;
   const Entry<T> entry = scratch.table[FindVariable(scratch.table, scratch.count, chunk)];
-  const Variable<T>& v = entry.v;
   const int64_t begin = (chunk - entry.first_chunk) * kChunk;
-  const Part<T> part = {v, begin, begin + kChunk < v.size ? begin + kChunk : v.size};
-  const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1);
-  const Previous<T> previous(settings, reals);
-  const T decay_rate = T(v.weight_decay) * stage.learning_rate;
-  Sums sums;
-  if (kSweep == kSweepCurvature) {
-    sums = CurvatureSweep(settings, previous, part, previous.size * ratio);
-  } else if (kSweep == kSweepDirection) {
-    const T step = previous.size * ratio;
-    sums = DirectionSweep<T, kPreconditioner>(settings, stage, previous, part, step);
-  } else if (kSweep == kSweepStep) {
-    sums = StepSweep<T, kPreconditioner>(settings, stage, part, decay_rate);
-  } else {
-    LarsSweep<T, kPreconditioner>(settings, stage, part, decay_rate, stage.alpha * ratio);
-    return;
-  }
+  const int64_t end = begin + kChunk < entry.v.size ? begin + kChunk : entry.v.size;
+  const Sums sums = RunSweep<T, kPreconditioner>(Sweep(kSweep), settings, *scratch.stage,
+                                                 Previous<T>(settings, reals), entry.v,
+                                                 begin + threadIdx.x, end);
+  if (kSweep == kSweepLars) return;
   const Sums total = BlockSums<kThreads>(sums, shared);
   if (threadIdx.x == 0) scratch.sums[chunk] = total;
 }
@@ -298,39 +155,34 @@ __global__ void RecallKernel(Settings settings, Portion portion, Scalars<T> scal
   for (int kind = FirstSweep(settings); kind < portion.sweep; ++kind) {
     Sums known;
     for (int i = 0; i < kSums; ++i) known.values[i] = portion.known[kind][i];
-    Finish(settings, kind, portion.elements, scalars.given, known, stage, scalars.reals,
-           scalars.counts);
+    Finish(settings, kind, scalars.given, known, stage, scalars.reals, scalars.counts);
   }
 }
 
 // Block 0 adds up the chunks of a sweep and does the scalar work that follows it. After sweep 3 there
 // is a block for each variable besides: its LARS factor, and its sums for the next update.
-template <typename T, int kSweep, int kPreconditioner>
+template <typename T, int kSweep>
 __global__ void __launch_bounds__(kSumThreads)
     FinishKernel(Settings settings, Portion portion, Scratch<T> scratch, Scalars<T> scalars) {
   __shared__ double shared[kSumThreads];
   Stage<T>* stage = scratch.stage;
-  const bool is_first = kSweep == (kPreconditioner == kBfgs ? kSweepCurvature : kSweepDirection);
   if (blockIdx.x > 0) {
     if (stage->skip) return;
     const Entry<T>& entry = scratch.table[blockIdx.x - 1];
-    const int64_t end = entry.first_chunk + (entry.v.size + kChunk - 1) / kChunk;
+    const int64_t end = entry.first_chunk + ChunkCount(entry.v.size);
     const Sums own = SumChunks(scratch.sums, entry.first_chunk, end, shared);
     if (threadIdx.x == 0) FinishVariable(settings, own, entry.v);
     return;
   }
   const Sums total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
   if (threadIdx.x != 0) return;
-  if (is_first) {
-    Begin(scalars.reals, scalars.counts, scalars.given, stage);
-  }
+  if (kSweep == FirstSweep(settings)) Begin(scalars.reals, scalars.counts, scalars.given, stage);
   if (kSweep == portion.sweep) {
     // A sweep that was skipped left nothing to add up.
     for (int i = 0; i < kSums; ++i) portion.sums[i] = stage->skip ? 0 : total.values[i];
     if (kSweep != kSweepStep) return;
   }
-  Finish(settings, kSweep, portion.elements, scalars.given, total, stage, scalars.reals,
-         scalars.counts);
+  Finish(settings, kSweep, scalars.given, total, stage, scalars.reals, scalars.counts);
 }
 
 // All launches of a call but those that write the table.
@@ -347,8 +199,8 @@ void Launch(const Settings& settings, const Portion& portion, const Scratch<T>& 
     SweepKernel<T, kind, kPreconditioner>                                    \
         <<<blocks, kThreads, 0, stream>>>(settings, scratch, scalars.reals); \
   }
-#define NLCG_FINISH(kind, extra_blocks)  \
-  FinishKernel<T, kind, kPreconditioner> \
+#define NLCG_FINISH(kind, extra_blocks) \
+  FinishKernel<T, kind>                 \
       <<<1 + (extra_blocks), kSumThreads, 0, stream>>>(settings, portion, scratch, scalars)
   if (portion.sweep > FirstSweep(settings)) {
     RecallKernel<T><<<1, 1, 0, stream>>>(settings, portion, scalars, scratch.stage);
@@ -417,14 +269,10 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   flush();
   if (scratch.chunks > 2147483647) return "too many elements for one grid";
 
-  Portion all = portion;
-  if (portion.sweep == kAllSweeps) {
-    for (const Variable<T>& v : variables) all.elements += v.size;
-  }
   const auto launch = UsesBfgs(settings)                  ? Launch<T, kBfgs>
                       : settings.preconditioner == kGiven ? Launch<T, kGiven>
                                                           : Launch<T, kIdentity>;
-  launch(settings, all, scratch, {given, reals, counts}, stream);
+  launch(settings, portion, scratch, {given, reals, counts}, stream);
   return Describe(cudaGetLastError());
 }
 

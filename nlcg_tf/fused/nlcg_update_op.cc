@@ -47,7 +47,6 @@ REGISTER_OP("NlcgUpdate")
     .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere', 'blended', 'momentum'}")
     .Attr("nesterov: bool")
     .Attr("sweep: {'all', 'curvature', 'direction', 'step'} = 'all'")
-    .Attr("elements: int >= 0 = 0")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       ShapeHandle unused;
@@ -84,7 +83,6 @@ sums: for one sweep its sums over these variables, otherwise empty.
 sweep: which part of the update to do, for workers of which each has a shard of the parameters: with BFGS
   "curvature", "direction" and "step" in this order, otherwise the last two. All other inputs are the
   same each time. The cosine that "step" leaves in `reals` is that of these variables alone.
-elements: for one sweep how many elements the variables of all workers have, otherwise 0.
 keep_slots: whether the kernel remembers the slots, for a graph that is run again and again.
 )doc");
 
@@ -165,19 +163,15 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES_OK(ctx, ctx->GetAttr("p", &p));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("k", &k));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("sweep", &sweep));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("elements", &elements_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("nesterov", &settings_.nesterov));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("keep_slots", &keep_slots_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_rule", &rule));
-    settings_.preconditioner = preconditioner == "bfgs"              ? nlcg::kBfgs
-                               : preconditioner == "normalized_bfgs" ? nlcg::kNormalizedBfgs
-                               : preconditioner == "given"           ? nlcg::kGiven
-                                                                     : nlcg::kIdentity;
-    settings_.rule = rule == "polak_ribiere" ? nlcg::kPolakRibiere
-                     : rule == "blended"     ? nlcg::kBlended
-                     : rule == "momentum"    ? nlcg::kMomentum
-                                             : nlcg::kFletcherReeves;
+    const auto place = [](const std::string& name, const std::vector<std::string>& names) {
+      return static_cast<int>(std::find(names.begin(), names.end(), name) - names.begin());
+    };  // the order is that of the enums
+    settings_.preconditioner = place(preconditioner, {"none", "bfgs", "normalized_bfgs", "given"});
+    settings_.rule = place(rule, {"fletcher_reeves", "polak_ribiere", "blended", "momentum"});
     OP_REQUIRES(ctx, n >= 1, Invalid("NlcgUpdate: there is no variable"));
     const bool is_given = settings_.preconditioner == nlcg::kGiven;
     OP_REQUIRES(ctx, p == (is_given ? n : 0),
@@ -191,13 +185,8 @@ class NlcgUpdateOp : public OpKernel {
                 Invalid("NlcgUpdate: curvature_sums must be at most one variable with BFGS and "
                         "without nesterov, otherwise none, got ",
                         c));
-    sweep_ = sweep == "curvature"   ? nlcg::kSweepCurvature
-             : sweep == "direction" ? nlcg::kSweepDirection
-             : sweep == "step"      ? nlcg::kSweepStep
-                                    : nlcg::kAllSweeps;
+    sweep_ = place(sweep, {"all", "curvature", "direction", "step"}) - 1;
     const int before = sweep == "all" ? 0 : sweep_ - nlcg::FirstSweep(settings_);
-    OP_REQUIRES(ctx, sweep != "all" || elements_ == 0,
-                Invalid("NlcgUpdate: elements must be 0 with sweep 'all', is ", elements_));
     OP_REQUIRES(
         ctx, before >= 0,
         Invalid("NlcgUpdate: preconditioner '", preconditioner, "' has no sweep '", sweep, "'"));
@@ -215,7 +204,6 @@ class NlcgUpdateOp : public OpKernel {
   void Compute(OpKernelContext* ctx) override {
     nlcg::Settings settings = settings_;
     OP_REQUIRES_OK(ctx, ReadInputs<T>(ctx, layout_, &settings));
-    OP_REQUIRES_OK(ctx, CheckElements(ctx));
     Variables found;
     OP_REQUIRES_OK(ctx, LookUpVariables(ctx, &found));
     const std::vector<Var*>& vars = found.all;
@@ -255,17 +243,6 @@ class NlcgUpdateOp : public OpKernel {
   // For each of the weights the gradient that becomes its next previous gradient without being
   // copied, for nobody else holds it; otherwise null.
   using Adopted = std::vector<std::unique_ptr<Tensor>>;
-
-  absl::Status CheckElements(OpKernelContext* ctx) const {
-    if (sweep_ == nlcg::kAllSweeps) return absl::OkStatus();
-    int64_t own = 0;
-    for (int i = 0; i < layout_.n; ++i) {
-      own += ctx->input(layout_.input.gradients + i).NumElements();
-    }
-    if (elements_ >= own) return absl::OkStatus();
-    return Invalid("NlcgUpdate: elements must be those of all shards, at least ", own, ", is ",
-                   elements_);
-  }
 
   absl::Status LookUpVariables(OpKernelContext* ctx, Variables* found) {
     const int n = layout_.n, slots = layout_.slots;
@@ -315,7 +292,6 @@ class NlcgUpdateOp : public OpKernel {
   nlcg::Portion MakePortion(OpKernelContext* ctx, Tensor* sums) const {
     nlcg::Portion portion;
     portion.sweep = sweep_;
-    portion.elements = elements_;
     portion.sums = sums->flat<double>().data();
     const int first = nlcg::FirstSweep(settings_);
     for (int i = first; i < sweep_; ++i) {
@@ -411,7 +387,6 @@ class NlcgUpdateOp : public OpKernel {
   Layout layout_;
   bool keep_slots_;
   int sweep_;
-  int64_t elements_;
   std::vector<int64_t> positions_;
   nlcg::Settings settings_;
   mutex mu_;

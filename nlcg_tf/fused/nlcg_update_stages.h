@@ -116,14 +116,14 @@ NLCG_HOST_DEVICE void FinishCurvature(const Settings& settings, const T* reals,
   stage->forget = T((1 - settings.decay) * (1 - stage->gain_ratio));
 }
 
-// After sweep 2, or the first one without BFGS; `elements` are those of all variables.
+// After sweep 2, or the first one without BFGS.
 template <typename T>
 NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
-                                      const int64_t* counts, double elements, const Sums& sums,
-                                      Stage<T>* stage) {
+                                      const int64_t* counts, const Sums& sums, Stage<T>* stage) {
   stage->skip = stage->skip || sums.values[kCheck] != 0;
   double mean = 1;
   if (UsesBfgs(settings)) {
+    const double elements = sums.values[kElements];
     if (elements > 0) mean = elements / sums.values[kInverse];
   } else {
     stage->reals[kCurvature] = 0;
@@ -164,9 +164,9 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
   const T clip_factor = T(ClipFactor(length, settings.momentum, reals, stage));
   stage->reals[kClipFactor] = clip_factor;
   for (T* x : {&stage->beta, &stage->scale, &stage->gradient_factor}) *x *= clip_factor;
-  stage->alpha *= T(factor);
-  stage->reals[kStepSize] = stage->alpha;
-  stage->skip = stage->skip || !Finite(stage->alpha);
+  // Sweep 2 has written h: it is too late to skip the update where the factor overflows.
+  const T alpha = stage->alpha * T(factor);
+  if (Finite(alpha)) stage->alpha = stage->reals[kStepSize] = alpha;
 }
 
 // After sweep 3: the scalars are written.
@@ -188,14 +188,14 @@ NLCG_HOST_DEVICE void FinishStep(const Settings& settings, const T* given, const
 
 // After any sweep.
 template <typename T>
-NLCG_HOST_DEVICE void Finish(const Settings& settings, int sweep, double elements, const T* given,
-                             const Sums& sums, Stage<T>* stage, T* reals, int64_t* counts) {
+NLCG_HOST_DEVICE void Finish(const Settings& settings, int sweep, const T* given, const Sums& sums,
+                             Stage<T>* stage, T* reals, int64_t* counts) {
   if (sweep == kSweepStep) {
     FinishStep(settings, given, sums, stage, reals, counts);
   } else if (!stage->skip && sweep == kSweepCurvature) {
     FinishCurvature(settings, reals, counts, sums, stage);
   } else if (!stage->skip) {
-    FinishDirection(settings, reals, counts, elements, sums, stage);
+    FinishDirection(settings, reals, counts, sums, stage);
   }
 }
 

@@ -1,123 +1,43 @@
-// The inner loops of the CPU kernel, a vector of elements at a time.
+// The formulas of elements and the loops over them, shared by CPU and CUDA.
 
 #ifndef NLCG_TF_FUSED_NLCG_UPDATE_SWEEPS_H_
 #define NLCG_TF_FUSED_NLCG_UPDATE_SWEEPS_H_
 
 #include <cstdint>
-#include <cstring>
 
 #include "nlcg_update.h"
-#include "nlcg_update_formulas.h"
 #include "nlcg_update_stages.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace nlcg {
 namespace {
 
-typedef float FloatVector __attribute__((vector_size(64)));
-typedef double DoubleVector __attribute__((vector_size(64)));
-
-typedef float HalfVector __attribute__((vector_size(32)));
-
+// The elements V that are taken at a time, a vector on the CPU and one in a thread of CUDA, and what is
+// done with them. Defined by each of the two.
 template <typename T>
-struct Simd;
-template <>
-struct Simd<float> {
-  using Vector = FloatVector;
-  using Half = HalfVector;  // as many elements as a DoubleVector
-};
-template <>
-struct Simd<double> {
-  using Vector = DoubleVector;
-  using Half = DoubleVector;
-};
+struct Lanes;
 
-template <typename T>
-constexpr int64_t Lanes() {
-  return 64 / sizeof(T);
+template <typename V, typename T>
+NLCG_HOST_DEVICE V HessianDiagonal(V h, V s, V y, T inv_shs, T inv_ys) {
+  const V hs = h * s;
+  // Each square is scaled as it is formed: y^2 alone overflows float32 beyond 1.8e19. An element that
+  // overflows all the same keeps its value: an infinite h would never come back.
+  const V updated = h - hs * (hs * inv_shs) + y * (y * inv_ys);
+  return updated - updated == 0 ? (updated < 0 ? -updated : updated) : h;
 }
 
-// The first `count` elements at p, the rest zero.
-template <typename T>
-NLCG_HOST_DEVICE typename Simd<T>::Vector Load(const T* p, int64_t count) {
-  typename Simd<T>::Vector x = {};
-  std::memcpy(&x, p, count * sizeof(T));
-  return x;
+// The direction, from the gradient and what it is divided by; and with other factors the look-ahead.
+template <typename V, typename T>
+NLCG_HOST_DEVICE V Direction(V g, V divisor, V d, T scale, T beta) {
+  return beta * d - scale * (g / divisor);
 }
-
-template <typename T>
-NLCG_HOST_DEVICE void Store(T* p, typename Simd<T>::Vector x, int64_t count) {
-  std::memcpy(p, &x, count * sizeof(T));
-}
-
-// A store that goes past the caches: memory that is only written need not be read first.
-template <typename T>
-NLCG_HOST_DEVICE void Stream(T* p, typename Simd<T>::Vector x) {
-#if defined(__SSE2__)
-  FloatVector bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  float* to = reinterpret_cast<float*>(p);
-  for (int i = 0; i < 4; ++i) {
-    __m128 part;
-    std::memcpy(&part, reinterpret_cast<const char*>(&bits) + 16 * i, sizeof(part));
-    _mm_stream_ps(to + 4 * i, part);
-  }
-#else
-  Store(p, x, Lanes<T>());
-#endif
-}
-
-template <typename T>
-NLCG_HOST_DEVICE double Sum(typename Simd<T>::Vector x) {
-  double sum = 0;
-  for (int64_t i = 0; i < Lanes<T>(); ++i) sum += x[i];
-  return sum;
-}
-
-// Calls body(i, count) for the elements [begin, end), a whole vector at a time and then the rest.
-template <typename T, typename Body>
-NLCG_HOST_DEVICE void ForVectors(int64_t begin, int64_t end, Body& body) {
-  constexpr int64_t kLanes = Lanes<T>();
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
-  if (i < end) body(i, end - i);
-}
-
-// A sum in double of products of single elements, which are exact where T is float: of two such sums
-// the difference is taken.
-template <typename T>
-struct ExactSum {
-  using Half = typename Simd<T>::Half;
-  DoubleVector sum = {};
-  NLCG_HOST_DEVICE static DoubleVector Part(typename Simd<T>::Vector x, int i) {
-    Half half;
-    std::memcpy(&half, reinterpret_cast<const char*>(&x) + i * sizeof(Half), sizeof(Half));
-    return __builtin_convertvector(half, DoubleVector);
-  }
-  static constexpr int kParts = sizeof(DoubleVector) / sizeof(Half);
-  NLCG_HOST_DEVICE void Add(typename Simd<T>::Vector x, typename Simd<T>::Vector y) {
-    for (int i = 0; i < kParts; ++i) sum += Part(x, i) * Part(y, i);
-  }
-  NLCG_HOST_DEVICE void Add(typename Simd<T>::Vector x, typename Simd<T>::Vector y,
-                            typename Simd<T>::Vector z) {
-    for (int i = 0; i < kParts; ++i) sum += Part(x, i) * Part(y, i) * Part(z, i);
-  }
-  NLCG_HOST_DEVICE double Result() const { return nlcg::Sum<double>(sum); }
-};
 
 // The bodies are functors, not lambdas: a lambda would not be compiled for its caller's instructions.
 
 // The last step s, of `step` times the direction, on the elements from i on.
-template <typename T>
-NLCG_HOST_DEVICE typename Simd<T>::Vector LastStep(const Variable<T>& v,
-                                                   const Previous<T>& previous, T step,
-                                                   bool nesterov, typename Simd<T>::Vector g_prev,
-                                                   typename Simd<T>::Vector old_divisor, int64_t i,
-                                                   int64_t n) {
-  typename Simd<T>::Vector d = Load(v.d + i, n);
+template <typename T, typename V>
+NLCG_HOST_DEVICE V LastStep(const Variable<T>& v, const Previous<T>& previous, T step,
+                            bool nesterov, V g_prev, V old_divisor, int64_t i, int64_t n) {
+  V d = Lanes<T>::Load(v.d + i, n);
   if (nesterov)
     d = Direction(g_prev, old_divisor, d, previous.gradient_factor, previous.direction_factor);
   return step * d;
@@ -126,200 +46,223 @@ NLCG_HOST_DEVICE typename Simd<T>::Vector LastStep(const Variable<T>& v,
 // BFGS: y's and s'hs, from all that they are made of.
 template <typename T>
 struct CurvatureBody {
-  using V = typename Simd<T>::Vector;
+  using L = Lanes<T>;
+  using V = typename L::V;
   const Variable<T>& v;
   const Previous<T>& previous;
   const T epsilon, step;
   const bool nesterov;
   V check = {}, ys = {}, shs = {}, slope = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n), g_prev = Load(v.g_prev + i, n), h = Load(v.h + i, n);
-    const V s = LastStep(v, previous, step, nesterov, g_prev, h + epsilon, i, n);
+    const V g = L::Load(v.g + i, n), g_prev = L::Load(v.g_prev + i, n), h = L::Load(v.h + i, n);
+    const V s = LastStep<T, V>(v, previous, step, nesterov, g_prev, h + epsilon, i, n);
     check += g - g;
     ys += (g - g_prev) * s;
     shs += s * (h * s);
     slope += g * s;
   }
   NLCG_HOST_DEVICE Sums Result() const {
-    return {{Sum<T>(check), Sum<T>(ys), Sum<T>(shs), Sum<T>(slope)}};
+    return {{L::Sum(check), L::Sum(ys), L::Sum(shs), L::Sum(slope)}};
   }
 };
 
 // The same where sweep 3 left the sums over the old gradient.
 template <typename T>
 struct ProductBody {
-  using V = typename Simd<T>::Vector;
+  using L = Lanes<T>;
+  using V = typename L::V;
   const Variable<T>& v;
   V check = {};
-  ExactSum<T> gd = {};
+  typename L::ExactSum gd = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n);
+    const V g = L::Load(v.g + i, n);
     check += g - g;
-    gd.Add(g, Load(v.d + i, n));
+    gd.Add(g, L::Load(v.d + i, n));
   }
-  NLCG_HOST_DEVICE Sums Result() const { return {{Sum<T>(check), gd.Result()}}; }
+  NLCG_HOST_DEVICE Sums Result() const { return {{L::Sum(check), gd.Result()}}; }
 };
 
 // What beta needs, and for the blended rule the step's length and, without BFGS, the trapezoid test.
-template <typename T>
-struct DirectionSums {
-  using V = typename Simd<T>::Vector;
+// BFGS: the new h.
+template <typename T, int kPreconditioner>
+struct DirectionBody {
+  using L = Lanes<T>;
+  using V = typename L::V;
   const Variable<T>& v;
+  const Stage<T>& stage;
   const Previous<T>& previous;
+  const T epsilon, step;
   const int rule;
   const bool nesterov;
-  V check = {}, gq = {}, inverse = {}, gq_previous = {}, gg = {}, new_slope = {}, old_slope = {};
+  V check = {}, gq = {}, inverses = {}, gq_previous = {}, gg = {}, new_slope = {}, old_slope = {};
   V qq = {}, qd = {}, dd = {};
-  NLCG_HOST_DEVICE void Add(V g, V quotient, int64_t i, int64_t n) {
+  int64_t elements = 0;
+  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
+    const V g = L::Load(v.g + i, n);
+    V q, old_divisor = V{} + (T(1) + epsilon);
+    if (kPreconditioner == kBfgs) {
+      V h = L::Load(v.h + i, n);
+      old_divisor = h + epsilon;
+      if (stage.accepted) {
+        const V g_prev = L::Load(v.g_prev + i, n);
+        const V s = LastStep<T, V>(v, previous, step, nesterov, g_prev, old_divisor, i, n);
+        h = HessianDiagonal<V, T>(h, s, g - g_prev, stage.inv_shs, stage.inv_ys);
+      }
+      if (stage.forget != 0) h = h + stage.forget * (T(1) - h);
+      if (stage.accepted || stage.forget != 0) L::Store(v.h + i, h, n);
+      const V inverse = T(1) / (h + epsilon);
+      q = g * inverse;
+      // Elements that are not there have no part in the sum over 1 / h.
+      inverses += L::Load(reinterpret_cast<const T*>(&inverse), n);
+    } else {
+      q = kPreconditioner == kGiven ? L::Load(v.preconditioned + i, n) : g / old_divisor;
+    }
+    elements += n;
     check += g - g;
-    gq += g * quotient;
+    gq += g * q;
     gg += g * g;
-    qq += quotient * quotient;
+    qq += q * q;
+    if (rule == kPolakRibiere) gq_previous += g * (L::Load(v.g_prev + i, n) / old_divisor);
     if (rule != kBlended) return;
-    const V d = Load(v.d + i, n);
-    qd += quotient * d;
+    const V d = L::Load(v.d + i, n);
+    qd += q * d;
     dd += d * d;
-  }
-  NLCG_HOST_DEVICE void AddGqPrevious(V g, V old_divisor, int64_t i, int64_t n) {
-    if (rule == kPolakRibiere) gq_previous += g * (Load(v.g_prev + i, n) / old_divisor);
-  }
-  NLCG_HOST_DEVICE void AddSlopes(V g, V old_divisor, T step, int64_t i, int64_t n) {
-    if (rule != kBlended) return;
-    const V g_prev = Load(v.g_prev + i, n);
-    const V s = LastStep(v, previous, step, nesterov, g_prev, old_divisor, i, n);
+    if (kPreconditioner == kBfgs) return;
+    const V g_prev = L::Load(v.g_prev + i, n);
+    const V s = LastStep<T, V>(v, previous, step, nesterov, g_prev, old_divisor, i, n);
     new_slope += g * s;
     old_slope += g_prev * s;
   }
   NLCG_HOST_DEVICE Sums Result() const {
-    return {{Sum<T>(check), Sum<T>(gq), Sum<T>(inverse), Sum<T>(gq_previous), Sum<T>(gg),
-             Sum<T>(new_slope), Sum<T>(old_slope), Sum<T>(qq), Sum<T>(qd), Sum<T>(dd)}};
+    return {{L::Sum(check), L::Sum(gq), L::Sum(inverses), L::Sum(gq_previous), L::Sum(gg),
+             L::Sum(new_slope), L::Sum(old_slope), L::Sum(qq), L::Sum(qd), L::Sum(dd),
+             double(elements)}};
   }
 };
 
-template <typename T, bool kAccepted>
-struct HessianBody {
-  using V = typename Simd<T>::Vector;
-  const Variable<T>& v;
-  const Stage<T>& stage;
-  const T epsilon, step;
-  DirectionSums<T> sums;
-  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n), h_before = Load(v.h + i, n);
-    V h = h_before;
-    if (kAccepted) {
-      const V g_prev = Load(v.g_prev + i, n);
-      const V s = LastStep(v, sums.previous, step, sums.nesterov, g_prev, h + epsilon, i, n);
-      h = HessianDiagonal(h, s, g - g_prev, stage.inv_shs, stage.inv_ys);
-    }
-    if (stage.forget != 0) h = Forget(h, stage.forget);
-    if (kAccepted || stage.forget != 0) Store(v.h + i, h, n);
-    V inverse = T(1) / (h + epsilon);
-    sums.Add(g, g * inverse, i, n);
-    // Elements that are not there have no part in the sum over 1 / h.
-    for (int64_t j = n; j < Lanes<T>(); ++j) inverse[j] = 0;
-    sums.inverse += inverse;
-    sums.AddGqPrevious(g, h_before + epsilon, i, n);
-  }
-  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
-};
+// The direction, or the look-ahead, that follows from d.
+template <typename T, int kPreconditioner, typename V>
+NLCG_HOST_DEVICE V Next(const Variable<T>& v, V d, T epsilon, T scale, T beta, int64_t i,
+                        int64_t n) {
+  using L = Lanes<T>;
+  V divisor = V{} + T(1);
+  if (kPreconditioner == kBfgs) divisor = L::Load(v.h + i, n);
+  if (kPreconditioner != kGiven) divisor += epsilon;
+  const T* const divided = kPreconditioner == kGiven ? v.preconditioned : v.g;
+  return Direction(L::Load(divided + i, n), divisor, d, scale, beta);
+}
 
-// Without preconditioner: h = 1.
-template <typename T>
-struct PlainBody {
-  using V = typename Simd<T>::Vector;
-  const Variable<T>& v;
-  const T epsilon, step;
-  DirectionSums<T> sums;
-  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n), divisor = V{} + (T(1) + epsilon);
-    sums.Add(g, g / divisor, i, n);
-    sums.AddGqPrevious(g, divisor, i, n);
-    sums.AddSlopes(g, divisor, step, i, n);
-  }
-  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
-};
-
-// P g, where the caller computes it.
-template <typename T>
-struct GivenBody {
-  const Variable<T>& v;
-  DirectionSums<T> sums;
-  NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    sums.Add(Load(v.g + i, n), Load(v.preconditioned + i, n), i, n);
-  }
-  NLCG_HOST_DEVICE Sums Result() const { return sums.Result(); }
-};
-
+// With LARS the weights wait for LarsBody.
 template <typename T, int kPreconditioner, bool kLars>
 struct StepBody {
-  using V = typename Simd<T>::Vector;
+  using L = Lanes<T>;
+  using V = typename L::V;
   const Variable<T>& v;
   const Stage<T>& stage;
   const T epsilon, decay_rate;
   const bool nesterov, stream;
   V gd = {}, gg = {}, dd = {}, ww = {};
-  ExactSum<T> next_gd = {}, next_shs = {};
+  typename L::ExactSum next_gd = {}, next_shs = {};
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    const V g = Load(v.g + i, n), w = Load(v.w + i, n);
-    V h = V{} + T(1);
-    if (kPreconditioner == kBfgs) h = Load(v.h + i, n);
-    V divided = g, divisor = h;
-    if (kPreconditioner == kGiven) {
-      divided = Load(v.preconditioned + i, n);
-    } else {
-      divisor += epsilon;
-    }
-    const V d = Direction(divided, divisor, Load(v.d + i, n), stage.scale, stage.beta);
+    const V g = L::Load(v.g + i, n), w = L::Load(v.w + i, n), d_prev = L::Load(v.d + i, n);
+    const V d = Next<T, kPreconditioner>(v, d_prev, epsilon, stage.scale, stage.beta, i, n);
     V step = d;
     if (nesterov)
-      step = Direction(divided, divisor, d, stage.gradient_factor, stage.direction_factor);
-    Store(v.d + i, d, n);
-    if (stream && n == Lanes<T>()) {
-      Stream(v.g_prev_out + i, g);
+      step = Next<T, kPreconditioner>(v, d, epsilon, stage.gradient_factor, stage.direction_factor,
+                                      i, n);
+    if (kPreconditioner == kBfgs && !nesterov) {
+      next_gd.Add(g, d);
+      next_shs.Add(d, L::Load(v.h + i, n), d);
+    }
+    L::Store(v.d + i, d, n);
+    if (stream && n == L::kCount) {
+      L::Stream(v.g_prev_out + i, g);
     } else if (v.g_prev_out != nullptr) {
-      Store(v.g_prev_out + i, g, n);
+      L::Store(v.g_prev_out + i, g, n);
     }
     if (kLars) {
       ww += w * w;
     } else {
-      Store(v.w + i, Weight(w, step, decay_rate, stage.alpha), n);
+      L::Store(v.w + i, w - w * decay_rate + stage.alpha * step, n);
     }
     gd += g * step;
     gg += g * g;
     dd += step * step;
-    if (kPreconditioner == kBfgs && !nesterov) {
-      next_gd.Add(g, d);
-      next_shs.Add(d, h, d);
-    }
   }
   NLCG_HOST_DEVICE Sums Result() const {
-    return {{Sum<T>(gd), Sum<T>(gg), Sum<T>(dd), Sum<T>(ww), next_gd.Result(), next_shs.Result()}};
+    return {{L::Sum(gd), L::Sum(gg), L::Sum(dd), L::Sum(ww), next_gd.Result(), next_shs.Result()}};
   }
 };
 
 // LARS: the step, once its size is known. With the look-ahead g and its divisor make it anew.
-template <typename T>
+template <typename T, int kPreconditioner>
 struct LarsBody {
-  using V = typename Simd<T>::Vector;
+  using L = Lanes<T>;
+  using V = typename L::V;
   const Variable<T>& v;
   const Stage<T>& stage;
-  const T epsilon, decay_rate, step;
-  const int preconditioner;
+  const T epsilon, decay_rate, size;
   const bool nesterov;
   NLCG_HOST_DEVICE void operator()(int64_t i, int64_t n) {
-    V d = Load(v.d + i, n);
-    if (nesterov) {
-      V h = V{} + T(1);
-      const bool is_given = preconditioner == kGiven;
-      if (v.h != nullptr) h = Load(v.h + i, n);
-      if (!is_given) h += epsilon;
-      const V divided = Load((is_given ? v.preconditioned : v.g) + i, n);
-      d = Direction(divided, h, d, stage.gradient_factor, stage.direction_factor);
-    }
-    Store(v.w + i, Weight(Load(v.w + i, n), d, decay_rate, step), n);
+    const V w = L::Load(v.w + i, n);
+    V step = L::Load(v.d + i, n);
+    if (nesterov)
+      step = Next<T, kPreconditioner>(v, step, epsilon, stage.gradient_factor,
+                                      stage.direction_factor, i, n);
+    L::Store(v.w + i, w - w * decay_rate + size * step, n);
   }
   NLCG_HOST_DEVICE Sums Result() const { return {}; }
 };
+
+template <typename T, typename Body>
+NLCG_HOST_DEVICE Sums Run(Body body, int64_t begin, int64_t end) {
+  Lanes<T>::ForEach(begin, end, body);
+  return body.Result();
+}
+
+template <typename T>
+NLCG_HOST_DEVICE Sums RunCurvature(const Variable<T>& v, const Previous<T>& previous, T epsilon,
+                                   T step, bool nesterov, int64_t begin, int64_t end) {
+  if (!SumsAreKept(v)) {
+    return Run<T>(CurvatureBody<T>{v, previous, epsilon, step, nesterov}, begin, end);
+  }
+  Sums sums = Run<T>(ProductBody<T>{v}, begin, end);
+  sums.values[kSlope] = sums.values[kYs] * step;
+  if (begin == 0) sums.values[kYs] -= KeptSum(v, 0);
+  sums.values[kYs] *= step;
+  sums.values[kShs] = begin == 0 ? KeptSum(v, 1) * step * step : 0;
+  return sums;
+}
+
+// The sums of a sweep over the elements of a variable from `begin` on.
+template <typename T, int kPreconditioner>
+NLCG_HOST_DEVICE Sums RunSweep(Sweep sweep, const Settings& settings, const Stage<T>& stage,
+                               const Previous<T>& previous, const Variable<T>& v, int64_t begin,
+                               int64_t end) {
+  const T epsilon = T(settings.epsilon), decay_rate = T(v.weight_decay) * stage.learning_rate;
+  const T ratio = v.trust_ratio != nullptr ? *v.trust_ratio : T(1), step = previous.size * ratio;
+  const bool nesterov = settings.nesterov;
+  if (sweep == kSweepCurvature) {
+    return RunCurvature(v, previous, epsilon, step, nesterov, begin, end);
+  }
+  if (sweep == kSweepDirection) {
+    using Body = DirectionBody<T, kPreconditioner>;
+    return Run<T>(Body{v, stage, previous, epsilon, step, settings.rule, nesterov}, begin, end);
+  }
+  if (sweep == kSweepLars) {
+    using Body = LarsBody<T, kPreconditioner>;
+    return Run<T>(Body{v, stage, epsilon, decay_rate, stage.alpha * ratio, nesterov}, begin, end);
+  }
+  // Only variables that do not stay in a cache until the next update gain by it.
+  const bool stream = v.g_prev_out != nullptr && v.size >= 65536 &&
+                      reinterpret_cast<uintptr_t>(v.g_prev_out) % 16 == 0;
+  if (settings.lars_coefficient > 0) {
+    using Body = StepBody<T, kPreconditioner, true>;
+    return Run<T>(Body{v, stage, epsilon, decay_rate, nesterov, stream}, begin, end);
+  }
+  using Body = StepBody<T, kPreconditioner, false>;
+  return Run<T>(Body{v, stage, epsilon, decay_rate, nesterov, stream}, begin, end);
+}
 
 }  // namespace
 }  // namespace nlcg

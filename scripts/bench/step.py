@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from scripts.bench.update import FORMS, nlcg
+from scripts.bench import update
 from scripts.shared.timing import interleaved, machine, ratio, show_ratio, write_json
 from trainers.engine.files import output_file
 from trainers.models.cifar_resnet import cifar_resnet
@@ -22,11 +22,7 @@ CASES = {
     "resnet32": (lambda: cifar_resnet(32, (32, 32, 3), 100), 128, 32, 100),
     "resnet50": (lambda: keras.applications.ResNet50(weights=None), 16, 224, 1000),
 }
-OPTIMIZERS = {
-    **{name: lambda s=settings: nlcg(**s) for name, (settings, *_) in FORMS.items()},
-    "reference": lambda: nlcg(fused=False, preconditioner="bfgs"),
-    "momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
-}
+OPTIMIZERS = {name: make for name, make in update.OPTIMIZERS.items() if name != "adam"}
 
 
 def step_call(make_model, make_optimizer, images, labels):

@@ -27,18 +27,17 @@ from scripts.shared.timing import interleaved, machine, ratio, show_ratio, write
 from trainers.engine.files import output_file
 from trainers.models.cifar_resnet import cifar_resnet
 
-# The settings of NLCG, and how often they read and write a vector of the parameters' size.
+# The settings of NLCG, and how often they read or write a vector of the parameters' size.
 FORMS = {
-    "bfgs": ({"preconditioner": "bfgs"}, 10, 4),
-    "bfgs, line search": ({"preconditioner": "bfgs", "line_search": "online"}, 10, 4),
-    "normalized_bfgs": ({"preconditioner": "normalized_bfgs"}, 10, 4),
+    "bfgs": ({"preconditioner": "bfgs"}, 14),
+    "bfgs, line search": ({"preconditioner": "bfgs", "line_search": "online"}, 14),
+    "normalized_bfgs": ({"preconditioner": "normalized_bfgs"}, 14),
     "normalized_bfgs, blended, nesterov": (
         {"preconditioner": "normalized_bfgs", "update_rule": "blended", "nesterov": True},
-        12,
-        4,
+        16,
     ),
     # Without the polar factors: their time is that of scripts.bench.polar.
-    "spectral": ({"preconditioner": "spectral", "update_rule": "momentum", "nesterov": True}, 6, 2),
+    "spectral": ({"preconditioner": "spectral", "update_rule": "momentum", "nesterov": True}, 8),
 }
 
 
@@ -48,7 +47,7 @@ def nlcg(fused=True, **settings):
 
 
 OPTIMIZERS = {
-    **{name: lambda s=settings: nlcg(**s) for name, (settings, *_) in FORMS.items()},
+    **{name: lambda s=settings: nlcg(**s) for name, (settings, _) in FORMS.items()},
     "reference": lambda: nlcg(fused=False, preconditioner="bfgs"),
     "adam": lambda: keras.optimizers.Adam(1e-4),
     "momentum": lambda: keras.optimizers.SGD(1e-4, momentum=0.9),
@@ -94,21 +93,17 @@ def shrink(gradients):
         gradient.assign(0.99 * gradient)
 
 
-def memory_calls(size):
-    """Functions that run a triad, and read, three vectors of `size` floats on all cores."""
+def triad_call(size):
+    """A function that runs a triad of three vectors of `size` floats on all cores."""
     source = pathlib.Path(__file__).with_name("triad.cc")
     library = pathlib.Path(tempfile.mkdtemp(), "triad.so")
-    # -ffast-math: without it the maximum of floats is not vectorised.
-    flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", "-pthread"]
+    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
     subprocess.run(["g++", *flags, source, "-o", library], check=True)
     functions = ctypes.CDLL(str(library))
     vectors = [np.ones(size, np.float32) for _ in range(3)]
     pointers = [v.ctypes.data_as(ctypes.c_void_p) for v in vectors]
     count = (ctypes.c_int64(size), machine()["cores"])
-    return {
-        "triad": lambda: functions.triad(*pointers, ctypes.c_float(3), *count),
-        "read": lambda: functions.read_all(*pointers, *count),
-    }
+    return lambda: functions.triad(*pointers, ctypes.c_float(3), *count)
 
 
 def bench(name, repeats):
@@ -123,47 +118,32 @@ def bench(name, repeats):
         assert calls[name_of_form].optimizer.diagnostics()["rejected_curvatures"] == 0
     # Not among them: it would sweep the small models out of the cache.
     vectors = max(size, 20_000_000)
-    memory = interleaved(memory_calls(vectors), 10)
-    triad, read = (3 * 4 * vectors / np.median(memory[key]) / 1e9 for key in ("triad", "read"))
+    memory = interleaved({"triad": triad_call(vectors)}, 10)
+    triad = 3 * 4 * vectors / np.median(memory["triad"]) / 1e9
     result = {
         "parameters": size,
         "tensors": len(shapes),
         "milliseconds": {key: 1e3 * np.median(values) for key, values in seconds.items()},
         "triad_gigabytes_per_second": triad,
-        "read_gigabytes_per_second": read,
         "forms": {},
     }
     print(f"{name}: {size:,} parameters in {len(shapes)} tensors, {repeats} rounds")
     print("  median ms: " + ", ".join(f"{k} {v:.2f}" for k, v in result["milliseconds"].items()))
-    for form, (_, reads, writes) in FORMS.items():
-        gigabytes = (reads + writes) * 4 * size / 1e9
+    for form, (_, transfers) in FORMS.items():
+        gigabytes = transfers * 4 * size / 1e9
         bandwidth = gigabytes / np.median(seconds[form])
         others = ("momentum", "adam", "reference")
         result["forms"][form] = {
             "ratios": {key: ratio(seconds, form, key) for key in others},
             "gigabytes_moved": gigabytes,
             "share_of_triad": bandwidth / triad,
-            "milliseconds_of_reading_alone": reads * 4 * size / read / 1e6,
         }
         print(
-            f"  {form}: {reads + writes} transfers, {bandwidth:.1f} GB/s, {bandwidth / triad:.0%} "
-            f"of the triad's {triad:.1f}; its {reads} reads alone take "
-            f"{reads * 4 * size / read / 1e6:.2f} ms at the {read:.1f} GB/s of mere reading"
+            f"  {form}: {transfers} transfers, {bandwidth:.1f} GB/s, {bandwidth / triad:.0%} "
+            f"of the triad's {triad:.1f}"
         )
         for key, value in result["forms"][form]["ratios"].items():
             show_ratio(f"{form} / {key}", value)
-    return result
-
-
-def bench_linearity(repeats):
-    """Nanoseconds a parameter of the fused update for vectors of growing size."""
-    result = {}
-    for size in (4_000_000, 16_000_000, 64_000_000):
-        gradient = [tf.Variable(np.full(size, 0.01, np.float32))]
-        calls = {"bfgs": update_call(OPTIMIZERS["bfgs"], [(size,)], gradient)}
-        seconds = interleaved(calls, repeats, prepare=lambda g=gradient: shrink(g))
-        result[size] = 1e9 * np.median(seconds["bfgs"]) / size
-    print("linearity: " + ", ".join(f"{n:,}: {ns:.2f} ns" for n, ns in result.items()))
     return result
 
 
@@ -198,7 +178,6 @@ def main():
     for name in arguments.cases:
         repeats = arguments.repeats * (10 if name == "resnet32" else 1)
         result["cases"][name] = bench(name, repeats)
-    result["nanoseconds_a_parameter"] = bench_linearity(arguments.repeats)
     result["peak_memory_in_vectors"] = {p: peak_memory(p) for p in ("bfgs", "reference")}
     print(
         "peak memory of an update above the variables, in parameter vectors: "

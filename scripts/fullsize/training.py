@@ -18,7 +18,7 @@ from trainers.data.order import epoch_indices
 from trainers.engine import averages
 from trainers.engine.plan import make_plan
 from trainers.models.cifar_resnet import cifar_resnet
-from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags, schedule_arguments
+from trainers.optimizers.choice import OPTIMIZERS, cifar_line_search, from_flags, make_schedule
 
 TEST_BATCH_SIZE = 500
 
@@ -47,12 +47,7 @@ class Training:
             decay = 0.0 if decays else flags["weight_decay"]
             self.models.append(cifar_resnet(depth, shape, data.classes, decay))
         self.model = self.models[0]
-        self.schedule = CifarSchedule(
-            batch,
-            flags["epochs"],
-            self.plan.updates_per_epoch,
-            **schedule_arguments(flags, self.plan.updates),
-        )
+        self.schedule = make_schedule(CifarSchedule, flags, self.plan)
         self.optimizer = from_flags(flags, self.schedule, cifar_line_search(batch))
         self.optimizer.build(self.model.trainable_variables)
         # Arguments of what is compiled: as constants they would lie in each program.

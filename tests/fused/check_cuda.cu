@@ -16,7 +16,6 @@ const char* UpdateBySweeps(const nlcg::Settings& settings,
     return "out of memory";
   }
   nlcg::Portion portion;
-  for (const auto& v : variables) portion.elements += v.size;
   for (int i = 0; i < nlcg::kSweepStep; ++i) portion.known[i] = sums + nlcg::kSums * i;
   const char* error = nullptr;
   for (portion.sweep = nlcg::FirstSweep(settings); portion.sweep <= nlcg::kSweepStep && !error;

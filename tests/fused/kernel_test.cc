@@ -70,9 +70,7 @@ void UpdateOnThreads(const Settings& settings, const std::vector<T>& given, int 
 template <typename T>
 void UpdateInHalves(const Settings& settings, const std::vector<T>& given, Buffers<T>* b) {
   std::vector<nlcg::Variable<T>> halves[2];
-  double elements = 0;
   for (nlcg::Variable<T> v : b->Variables(settings, false)) {
-    elements += v.size;
     v.curvature_sums = nullptr;
     nlcg::Variable<T> rest = v;
     v.size /= 2;
@@ -87,7 +85,6 @@ void UpdateInHalves(const Settings& settings, const std::vector<T>& given, Buffe
   auto counts = b->counts;
   nlcg::Sums known[3] = {}, sums = {};
   nlcg::Portion portion;
-  portion.elements = elements;
   portion.sums = sums.values;
   for (int i = 0; i < nlcg::kSweepStep; ++i) portion.known[i] = known[i].values;
   for (portion.sweep = nlcg::FirstSweep(settings); portion.sweep <= nlcg::kSweepStep;

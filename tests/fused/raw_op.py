@@ -97,9 +97,9 @@ def _replace(name, index, value):
     return spoil
 
 
-def _sweep(sweep, known, elements=20):
+def _sweep(sweep, known):
     def spoil(call):
-        call.arguments.update(sweep=sweep, known_sums=known, elements=elements)
+        call.arguments.update(sweep=sweep, known_sums=known)
         call.arguments.update(curvature_sums=[], trust_ratios=[])
 
     return spoil
@@ -216,12 +216,9 @@ SPOILERS = {
     "an unknown sweep": _set("sweep", "fourth"),
     "a sweep of a part beside sums of whole variables": _set("sweep", "curvature"),
     "a sweep without what the one before found": _sweep("direction", []),
-    "sums of a sweep that is not there": _set("known_sums", [tf.zeros(10, tf.float64)]),
-    "sums of too few numbers": _sweep("direction", [tf.zeros(9, tf.float64)]),
+    "sums of a sweep that is not there": _set("known_sums", [tf.zeros(11, tf.float64)]),
+    "sums of too few numbers": _sweep("direction", [tf.zeros(10, tf.float64)]),
     "a scalar for sums": _sweep("direction", [tf.zeros((), tf.float64)]),
-    "negative elements": _set("elements", -1),
-    "elements of parts that there are not": _set("elements", 100),
-    "too few elements": _sweep("direction", [tf.zeros(10, tf.float64)], 11),
 }
 
 

@@ -97,6 +97,18 @@ def test_huge_and_tiny_gradients_do_not_poison_the_state(rule, preconditioner, n
         assert optimizer.diagnostics()["skipped_updates"] == 0
 
 
+def test_a_norm_factor_that_overflows_the_step_size_is_left_out(fused):
+    optimizer = NLCG(1e-3, fused=fused)
+    w = keras.Variable(np.ones(4, "float32"))
+    for rate, gradient in ((1e-3, 1.0), (3.4e38, 1e-3)):
+        optimizer.learning_rate = rate
+        optimizer.observe_loss(tf.constant(gradient))
+        optimizer.apply([tf.fill(4, gradient)], [w])
+    shown = optimizer.diagnostics()
+    assert (shown["updates"], shown["skipped_updates"]) == (2, 0)
+    assert shown["step_size"] == np.float32(3.4e38)
+
+
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS[1:])  # plain BFGS's h is huge there
 def test_one_huge_gradient_does_not_undo_the_training(preconditioner, fused):
     """The blended rule's steps are at most twice as long as the mean of those before.

@@ -55,5 +55,6 @@ def epoch(data, workers, per_worker, seed=1, number=0, first=0, examples=20, bat
         pixels, labels = (np.stack(column) for column in zip(*batches))
         updates = plan.updates_per_epoch - first
         assert len(pixels) == updates * plan.micro_steps
-        parts.append((pixels.reshape(updates, -1, *data.input_shape), labels.reshape(updates, -1)))
+        shape = (updates, -1, data.image_size, data.image_size, 3)
+        parts.append((pixels.reshape(shape), labels.reshape(updates, -1)))
     return tuple(np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from nlcg_tf.schedules import CifarSchedule
+from trainers.engine.plan import BatchPlan
 from trainers.flags import FLAGS
-from trainers.optimizers.choice import make_optimizer, schedule_arguments, spectral_peak, trained
+from trainers.optimizers.choice import make_optimizer, make_schedule, spectral_peak, trained
 from trainers.optimizers.lars import LARS
 from trainers.optimizers.momentum import Momentum
 from trainers.optimizers.muon import Muon
@@ -119,7 +121,8 @@ def test_muon_takes_a_convolution_for_a_matrix(length):
 def test_the_spectral_form_has_a_peak_of_its_own(flags, expected):
     defaults = {"optimizer": "nlcg", "preconditioner": "spectral"}
     defaults |= {"learning_rate_factor": 1.0, "peak_learning_rate": None, "decay": "paper"}
-    rate = schedule_arguments({**defaults, **flags}, updates=120)
+    plan = BatchPlan(256, 256, 1, 1, updates_per_epoch=120, epochs=1)
+    rate = make_schedule(CifarSchedule, {**defaults, **flags}, plan).get_config()
     assert (rate["factor"], rate["peak"]) == expected
 
 

@@ -105,7 +105,7 @@ def test_synthetic_images_have_the_same_form():
     pixels, labels = epoch(data, 2, 5, first=3, examples=data.examples, batch=20)
     assert pixels.shape == (2, 20, SIZE, SIZE, 3) and labels.max() < 7
     ((pixels, labels, weights),) = data.test_batches(4, 1, 2)
-    assert pixels.shape == (4, *data.input_shape) and weights.numpy().tolist() == [1] * 4
+    assert pixels.shape == (4, SIZE, SIZE, 3) and weights.numpy().tolist() == [1] * 4
 
 
 def test_the_benchmark_runs(tmp_path, capsys):

@@ -31,10 +31,6 @@ class Photos:
         self._damage = Damage(max_corrupt_examples)
 
     @property
-    def input_shape(self):
-        return (self.image_size, self.image_size, 3)
-
-    @property
     def digest(self):
         """Tells whether these are the same examples in the same order."""
         parts = (self._train.digest, self._test.digest, "\n".join(self.class_names))
@@ -121,10 +117,6 @@ class Synthetic:
         self.class_names = None
         self.digest = ""
 
-    @property
-    def input_shape(self):
-        return (self.image_size, self.image_size, 3)
-
     def training_batches(self, plan, rank, seed, epoch, first_update):
         """As `Photos.training_batches`, with one batch again and again."""
         steps = (plan.updates_per_epoch - first_update) * plan.micro_steps
@@ -135,7 +127,8 @@ class Synthetic:
         return [(*self._batch(batch_size, rank), tf.ones(batch_size))]
 
     def _batch(self, batch_size, rank):
-        pixels = tf.random.stateless_normal((batch_size, *self.input_shape), [0, rank])
+        shape = (batch_size, self.image_size, self.image_size, 3)
+        pixels = tf.random.stateless_normal(shape, [0, rank])
         labels = tf.random.stateless_uniform(
             (batch_size,), [1, rank], maxval=self.classes, dtype=tf.int32
         )

@@ -195,9 +195,8 @@ class Loop:
 
 def _peak_memory(cluster):
     """The most memory that a worker has held, in bytes, as Linux counts it."""
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            own = 1024 * int(line.split()[1])
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    own = sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     peaks = [0] * cluster.size()
     peaks[cluster.rank()] = own
     return int(max(cluster.sum_over_workers(peaks)))

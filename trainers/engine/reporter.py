@@ -15,32 +15,11 @@ from trainers.engine.folder import BOARD
 class Silent:
     """The reporter of every worker but the first: says and writes nothing."""
 
-    def start(self, lines):
-        pass
-
-    def begin_epoch(self, epoch, updates, done):
-        pass
-
-    def progress(self, loss):
-        pass
-
-    def step(self, record):
-        pass
-
-    def epoch(self, record):
-        pass
-
-    def say(self, line):
-        pass
-
-    def finish(self, summary):
-        pass
-
-    def close(self):
-        pass
+    def __getattr__(self, name):
+        return lambda *arguments: None
 
 
-class Reporter(Silent):
+class Reporter:
     """The reporter of worker 0.
 
     On a terminal it shows a progress bar for each epoch; elsewhere one line for each epoch.

@@ -166,17 +166,19 @@ def spectral_peak(updates):
     return 0.064 * min(1.0, 30 / updates) ** 0.5
 
 
-def schedule_arguments(flags, updates):
-    """The schedule's `factor`, `peak` and `decay`.
+def make_schedule(kind, flags, plan):
+    """The schedule that the trainers' flags ask for.
 
     Args:
+        kind: class of `nlcg_tf.schedules`.
         flags: dict of values of the trainers' flags.
-        updates: int, of the whole training.
+        plan: a `BatchPlan`.
     """
     factor, peak = flags["learning_rate_factor"], flags["peak_learning_rate"]
     if peak is None and (flags["optimizer"], flags["preconditioner"]) == ("nlcg", "spectral"):
-        factor, peak = 1.0, spectral_peak(updates) * factor
-    return {"factor": factor, "peak": peak, "decay": flags["decay"]}
+        factor, peak = 1.0, spectral_peak(plan.updates) * factor
+    sizes = plan.global_batch_size, plan.epochs, plan.updates_per_epoch
+    return kind(*sizes, factor, peak, flags["decay"])
 
 
 def cifar_line_search(global_batch_size):
