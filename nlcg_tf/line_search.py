@@ -16,20 +16,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
-
-
-def get(identifier: Any) -> Any:
-    """Resolves the `line_search` argument of `NLCG`.
-
-    Args:
-        identifier: `"online"`, `"step"`, `None`, or an object with the two methods above.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    classes = {"online": OnlineLineSearch, "step": StepLineSearch}
-    return resolve("line_search", identifier, classes, ("initial_state", "update"))
+from nlcg_tf.configurable import Configurable, is_fraction, is_number
 
 
 def _bounded(scale, minimum):
@@ -124,6 +111,8 @@ class StepLineSearch(Configurable):
     minimum_scale: float = 1e-4
 
     def __post_init__(self):
+        for name in ("limits", "factors"):
+            self._check(name, lambda xs: isinstance(xs, (list, tuple)), "be a list or tuple")
         self.limits, self.factors = tuple(self.limits), tuple(self.factors)
         self._check("period", lambda x: type(x) is int and x >= 1, "be an int >= 1")
         self._check("smoothing", lambda x: is_number(x) and 0 <= x < 1, "lie in [0, 1)")
@@ -161,3 +150,6 @@ class StepLineSearch(Configurable):
             "average_loss": average,
             "compared_loss": ops.where(due, average, compared),
         }
+
+
+NAMES = {"online": OnlineLineSearch, "step": StepLineSearch}

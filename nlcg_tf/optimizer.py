@@ -14,7 +14,7 @@ from nlcg_tf import direction, fused, reference
 from nlcg_tf import line_search as line_searches
 from nlcg_tf import preconditioner as preconditioners
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.configurable import check_choice, check_number
+from nlcg_tf.configurable import check_choice, check_number, resolve
 from nlcg_tf.observed_loss import ObservesLoss
 from nlcg_tf.reductions import Sums
 from nlcg_tf.reference import COUNTS, REALS
@@ -39,44 +39,15 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
     >>> optimizer.observe_loss(loss)
     >>> optimizer.apply(tape.gradient(loss, variables), variables)
 
-    All trainable variables together form one weight vector w. It moves along a conjugate direction
-    d of the preconditioned gradient. One update with gradient g:
-
-        z = -P g,  delta_new = -g^T z                          see `nlcg_tf.preconditioner`
-        beta = r clip(delta_new / delta, 0, 1) + (1 - r) momentum
-        d = z + beta d,  delta = delta_new
-        alpha = learning_rate (||g_first|| / ||g||)^(1 - r)    ||g||^2 a running mean
-        w = w + alpha (d + (1 - r) (z + beta d - d))           Nesterov's look-ahead
-
-    The gain ratio r in [0, 1] measures how well the gradients predicted the last change of the loss
-    (see `nlcg_tf.noise`). With full batches r is near 1, and this is a conjugate gradient method.
-    With noisy mini-batches r is near 0, and this is momentum. A step longer than twice the running
-    mean of the step norms is shortened to that, and d by the same factor.
-
-    Algorithm 1 of the paper is `NLCG(update_rule="fletcher_reeves", preconditioner="bfgs",
-    line_search="online", nesterov=False)`, with
-
-        beta = clip(delta_new / delta, 0, 1)                   "fletcher_reeves"
-        beta = clip((delta_new + z_prev^T g) / delta, 0, 1)    "polak_ribiere"
-        beta = momentum                                        "momentum"
-        w = w + learning_rate learning_rate_scale d            see `nlcg_tf.line_search`
-
-    These three rules do not use the loss. They apply the look-ahead in full, and they have neither
-    the factor (||g_first|| / ||g||)^(1 - r) nor the clipping.
-
-    With `preconditioner="spectral"` z moves a kernel along the polar factor of its gradient, and
-    the learning rate is a fraction of the kernel's norm. A step may not make a kernel longer than
-    max(its norm, sqrt(columns)).
-
-    The state is some scalars, and slots of the shape of each variable. Each slot takes 4 bytes per
-    float32 parameter. There is a slot for d and those of the preconditioner. The previous gradient
-    is kept if the rule or the preconditioner uses it. The previous P g is kept with `"spectral"`
-    under `"polak_ribiere"`, or under `"blended"` with the look-ahead.
+    All trainable variables together form one weight vector. It moves along a conjugate direction
+    of the preconditioned gradient; `nlcg_tf.reference` has the update in twelve lines, and
+    docs/optimizer.md explains them. Algorithm 1 of the paper is `NLCG(preconditioner="bfgs",
+    update_rule="fletcher_reeves", line_search="online", nesterov=False)`.
 
     An update is skipped if its gradient, loss or step size is not finite. It then changes neither
     the weights nor the state, and `diagnostics()["skipped_updates"]` counts it. With
-    `gradient_accumulation_steps=k` one update of k micro-batches equals one update of the whole
-    batch: losses are averaged, and schedules and EMA advance once per update.
+    `gradient_accumulation_steps=k` an update of k micro-batches equals one of the whole batch:
+    losses are averaged, and schedules and EMA advance once per update.
 
     Args:
         learning_rate: float, a `LearningRateSchedule` (a step is an update), or a callable.
@@ -143,7 +114,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         self.preconditioner = preconditioners.get(preconditioner)
         is_spectral = isinstance(self.preconditioner, preconditioners.Spectral)
         self.update_rule = update_rule or ("momentum" if is_spectral else "blended")
-        self.line_search = line_searches.get(line_search)
+        methods = ("initial_state", "update")
+        self.line_search = resolve("line_search", line_search, line_searches.NAMES, methods)
         self.nesterov = nesterov
         self.momentum = momentum
         self.epsilon = epsilon
@@ -199,6 +171,11 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             )
         # Scalars lie together in two vectors: one to read, and one kernel to write, not a dozen.
         state = self.line_search.initial_state() if self.line_search else {}
+        if self.line_search and "learning_rate_scale" not in state:
+            raise ValueError(
+                "`line_search` must have a state `learning_rate_scale`. Received: "
+                f"line_search={self.line_search!r} with {list(state)}"
+            )
         if taken := set(REALS) & set(state):
             raise ValueError(
                 f"`line_search` has a state of the optimizer's own name: {', '.join(taken)}. "

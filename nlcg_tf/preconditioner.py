@@ -146,7 +146,9 @@ def apply(preconditioner, state, g, w, epsilon, sums):
 def norm_limits(weights, sums):
     """The norm that each variable may have after a step: its own, or sqrt(columns) if that is more.
 
-    Kernels smaller than that, such as those of zeros, grow to about what initializers give.
+    Batch norm makes the outputs independent of the norms of the kernels before it. Without limits
+    these would grow several times. A kernel smaller than its limit, such as one of zeros, may grow
+    to about what initializers give.
 
     Args:
         weights: list of tensors, before the step.
@@ -215,10 +217,7 @@ def harmonic_mean(divisors, sums):
 class DiagonalBFGS(Preconditioner):
     """The paper's preconditioner (section 3.2.1): P g = g / (h + epsilon), h by `bfgs`.
 
-    Use it for gradients without noise, that is with full batches. With mini-batches, y contains
-    sampling noise, which does not shrink with the step s. Then y^2 / y^T s grows as the steps
-    shrink, and a larger h makes the steps shrink further. You see this in
-    `diagnostics()["preconditioner_mean"]`, the harmonic mean of h, which then grows without bound.
+    For gradients without noise, that is with full batches: see docs/optimizer.md.
     """
 
     uses_steps = True
@@ -283,13 +282,7 @@ class Spectral(Preconditioner):
         P g = ||W|| O / ||O||            Frobenius norms
         P g = vector_length g / rms(g)   a variable of one dimension or none
 
-    So without momentum a step with rate alpha moves a kernel by alpha times its norm. All singular
-    values of the step are equal. (G^T G)^(-1/2) is symmetric and positive definite, as the paper
-    requires of a preconditioner. It keeps no state.
-
-    No step makes a kernel longer: W + step is scaled back to max(||W||, sqrt(columns)) if it is
-    longer than that. Batch norm makes the network's outputs independent of the norms of the kernels
-    before it. Without the limit all norms would grow several times.
+    A step may not make a kernel longer than `norm_limits` says.
 
     If the root mean square of a kernel's elements is below 0.01 / sqrt(rows), the step is as long
     as if it had this value. Without this rule a kernel that is zero would never move. The value is

@@ -30,17 +30,9 @@ from nlcg_tf.preconditioner import Preconditioner, apply, limited, norm_limits
 from nlcg_tf.reductions import total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
-REALS: tuple[str, ...] = (
-    "delta",
-    "step_size",
-    "beta",
-    "curvature",
-    "cosine",
-    "gain_ratio",
-    "preconditioner_mean",
-)
-REALS += ("last_loss", "prediction_error", "predicted_change")
-REALS += ("mean_squared_norm", "first_squared_norm", "mean_update_norm", "clip_factor")
+REALS = ["delta", "step_size", "beta", "curvature", "cosine", "gain_ratio", "preconditioner_mean"]
+REALS += ["last_loss", "prediction_error", "predicted_change"]
+REALS += ["mean_squared_norm", "first_squared_norm", "mean_update_norm", "clip_factor"]
 # The slots that are not the preconditioner's.
 OWN_SLOTS = ("direction", "previous_gradient", "previous_preconditioned")
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from nlcg_tf.configurable import check_choice
+from nlcg_tf.configurable import check_choice, is_number
 
 START = 0.001
 
@@ -25,7 +25,7 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     ) -> None:
         super().__init__()
         check_choice("decay", decay, ["paper", "cosine"])
-        arguments = {
+        arguments: dict[str, Any] = {
             "batch_size": batch_size,
             "epochs": epochs,
             "steps_per_epoch": steps_per_epoch,
@@ -35,7 +35,7 @@ class _WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         for name, value in arguments.items():
             if name == "peak" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if not is_number(value) or not value > 0:
                 raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
         self._config = {**arguments, "decay": decay}
         if peak is not None and factor != 1:
@@ -117,17 +117,7 @@ class ImageNetSchedule(_WarmUp):
     reaches 0.001 at the end of the run, or 0.01 from a batch of 8,192 on. With a `peak` of its own
     it falls to the same fraction of that.
 
-    Args:
-        batch_size: int, the global batch of one update.
-        epochs: number, length of the whole run.
-        steps_per_epoch: number, updates in an epoch.
-        factor: number by which the peak rate is multiplied.
-        peak: number or `None`, the peak rate itself, in place of the formula above.
-        decay: `"paper"`, or `"cosine"` for a cosine from the peak to 0 at the end.
-
-    Raises:
-        ValueError: for an argument that is not a positive number, for another decay, or if both
-            `factor` and `peak` are given.
+    Arguments and errors are those of `CifarSchedule`.
     """
 
     reference_batch_size = 256

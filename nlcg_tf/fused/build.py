@@ -80,7 +80,7 @@ def _build(folder, tf, compiler, nvcc):
     }
     if folder != HERE and _is_built_so(HERE / LIBRARY, info):
         return pathlib.Path(shutil.copy(HERE / LIBRARY, folder))
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
         commands, objects, links = [], [], tf.sysconfig.get_link_flags()
         defines = [f"-DNLCG_CUDA={int(nvcc is not None)}"]
         if nvcc:
@@ -103,20 +103,11 @@ def _build(folder, tf, compiler, nvcc):
             commands.append([*command, "-c", str(source), "-o", objects[-1]])
         with concurrent.futures.ThreadPoolExecutor() as pool:
             list(pool.map(_run, commands))
-        finished = str(pathlib.Path(work, LIBRARY))
-        _run([*shlex.split(compiler), "-shared", *objects, "-o", finished, *links])
-        target = pathlib.Path(folder, LIBRARY)
-        # A process that has the old library loaded keeps it; another build has a name of its own.
-        descriptor, partial = tempfile.mkstemp(prefix=".", suffix=f".{LIBRARY}", dir=folder)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(pathlib.Path(finished).read_bytes())
-            os.chmod(partial, 0o755)
-            os.replace(partial, target)
-        except BaseException:
-            os.unlink(partial)
-            raise
-    return target
+        finished = pathlib.Path(work, LIBRARY)
+        _run([*shlex.split(compiler), "-shared", *objects, "-o", str(finished), *links])
+        finished.chmod(0o755)
+        # In one step: a process that has the old library loaded keeps it.
+        return finished.replace(pathlib.Path(folder, LIBRARY))
 
 
 def _is_built_so(library, info):

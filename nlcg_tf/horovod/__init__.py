@@ -12,14 +12,7 @@ if keras.backend.backend() != "tensorflow":
         f"Received: KERAS_BACKEND={keras.backend.backend()}"
     )
 try:
-    from horovod.tensorflow import (
-        init,
-        local_rank,
-        local_size,
-        rank,
-        shutdown,
-        size,
-    )
+    from horovod.tensorflow import init, local_rank, local_size, rank, shutdown, size
 except ImportError as error:
     raise ImportError(
         "nlcg_tf.horovod needs Horovod built for this TensorFlow "

@@ -11,7 +11,7 @@ from tensorflow.python.ops import control_flow_util
 
 from nlcg_tf import fused
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.horovod.collectives import allgather_object, average, name_of
+from nlcg_tf.horovod.collectives import allgather_object, average, name_of, plain
 from nlcg_tf.horovod.factors import share
 from nlcg_tf.loss_scaling import inner_optimizers
 from nlcg_tf.observed_loss import ObservesLoss
@@ -68,14 +68,12 @@ class Averaging(CountsUpdates):
         )
 
     def _compare(self, grads, variables):
-        """Refuses what would make the workers wait for each other for ever, in the first update.
+        """Refuses what would make the workers wait for each other for ever.
 
-        Elastic workers are not compared: one that joins has a first update of its own.
+        In the first update; outside of graphs, where another variable may be without a gradient,
+        in each. Elastic workers are not compared: one that joins has a first update of its own.
         """
         _check_context()
-        if self._are_compared:
-            self._compare_again(grads)
-            return
         variables = self._trainable_variables if variables is None else list(variables)
         for variable in variables:
             if getattr(variable, "overwrite_with_gradient", False):
@@ -84,35 +82,27 @@ class Averaging(CountsUpdates):
                     "scales of float8 are. Such gradients are not averaged, and the workers would "
                     "train apart. Use another precision with several workers."
                 )
-        if os.environ.get("HOROVOD_ELASTIC") == "1":
+        is_done = self._are_compared and not tf.executing_eagerly()
+        if is_done or os.environ.get("HOROVOD_ELASTIC") == "1":
             return
+        own = self._observed(), list(map(_kind, grads))
+        if self._are_compared:
+            digest = tf.constant([zlib.crc32(json.dumps(own).encode())], tf.int64)
+            if len(set(hvd.allgather(digest, name="Horovod_kinds").numpy())) == 1:
+                return
+        else:
+            own[0].update(self._settings())
         with tf.init_scope():  # what has a gradient is known while a graph is traced
-            own = {**self._settings(), **self._observed()}
-            settings, *others = allgather_object((own, list(map(_kind, grads))))
-        for worker, found in enumerate(others, 1):
-            _compare_settings(settings[0], found[0], worker)
-            _compare_kinds(settings[1], found[1], worker, variables)
-        self._are_compared = True
-
-    def _compare_again(self, grads):
-        """Outside of graphs another variable may be without a gradient in each update."""
-        if not tf.executing_eagerly() or os.environ.get("HOROVOD_ELASTIC") == "1":
-            return
-        own = (self._observed(), list(map(_kind, grads)))
-        digest = tf.constant([zlib.crc32(json.dumps(own).encode())], tf.int64)
-        if len(set(hvd.allgather(digest, name="Horovod_kinds").numpy())) > 1:
             first, *others = allgather_object(own)
-            for worker, found in enumerate(others, 1):
-                _compare_settings(first[0], found[0], worker)
-                _compare_kinds(first[1], found[1], worker, self._trainable_variables)
+        for worker, found in enumerate(others, 1):
+            _compare_settings(first[0], found[0], worker)
+            _compare_kinds(first[1], found[1], worker, variables)
+        self._are_compared = True
 
     def _observed(self):
         """Whether the loss of this update was observed: without it one worker alone would stop."""
         known = getattr(self, "_loss_is_known", None)
         return {} if known is None else {"observed loss": "known" if known else "not observed"}
-
-    def _updated_weights(self):
-        return self._trainable_variables
 
     def _settings(self):
         """All that must be equal, by names, as texts."""
@@ -129,7 +119,7 @@ class Averaging(CountsUpdates):
         config |= {"average_with": len(self._average_with)}
         if isinstance(self, ObservesLoss) and self.built:
             # The op and the reference update round otherwise.
-            weights = [v.value for v in self._updated_weights()]
+            weights = plain(self._trainable_variables)
             is_fused = self.fused is not False and fused.why_not(self, weights) is None
             config["fused"] = "the fused op" if is_fused else "the reference update"
         config.pop("name", None)

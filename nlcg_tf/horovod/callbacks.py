@@ -15,6 +15,7 @@ from nlcg_tf.horovod.collectives import (
 )
 from nlcg_tf.horovod.sharding import AgreeingLossScale
 from nlcg_tf.horovod.watch import A_STEP, Watch, entering, warning_after
+from nlcg_tf.loss_scaling import inner_optimizers
 
 
 class BroadcastVariables(keras.callbacks.Callback):
@@ -208,8 +209,10 @@ class CheckIdentical(keras.callbacks.Callback):
 
     def _check(self):
         optimizer = self.model.optimizer
-        # In the middle of a virtual batch each worker has gradients of its own.
-        own = {id(v) for v in getattr(optimizer, "_accumulated_gradients", ())}
-        own |= {id(getattr(optimizer, name, None)) for name in ("observed_loss", "update_loss")}
+        own = set()
+        for holder in (optimizer, *inner_optimizers(optimizer)):
+            # In the middle of a virtual batch each worker has gradients of its own.
+            own |= {id(v) for v in getattr(holder, "_accumulated_gradients", ())}
+            own |= {id(getattr(holder, name, None)) for name in ("observed_loss", "update_loss")}
         state = [v for v in optimizer.variables if id(v) not in own]
         check_identical([*self.model.trainable_variables, *state])

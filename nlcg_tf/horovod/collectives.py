@@ -13,17 +13,8 @@ import tensorflow as tf
 from nlcg_tf.horovod.watch import entering
 
 # What Horovod's own operations know.
-NUMBERS: tuple[Any, ...] = (
-    tf.float16,
-    tf.float32,
-    tf.float64,
-    tf.bool,
-    tf.uint8,
-    tf.int8,
-    tf.uint16,
-    tf.int16,
-)
-NUMBERS += (tf.int32, tf.int64)
+NUMBERS = {tf.float16, tf.float32, tf.float64, tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16}
+NUMBERS |= {tf.int32, tf.int64}
 # What stands for numbers that Horovod does not know.
 WORDS = {tf.bfloat16: tf.uint16, tf.complex64: tf.float32, tf.complex128: tf.float64}
 WORDS |= {tf.uint32: tf.int32, tf.uint64: tf.int64}

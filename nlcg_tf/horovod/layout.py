@@ -114,13 +114,6 @@ def divide(variables, decays, whole, workers, rank):
         open_[kind].append(i)
         elements[kind] += size
     return [
-        Layout(
-            tuple(indices),
-            tuple(tuple(variables[i].shape) for i in indices),
-            *kind,
-            whole,
-            workers,
-            rank,
-        )
-        for kind, indices in groups
+        Layout(tuple(xs), tuple(tuple(variables[i].shape) for i in xs), *kind, whole, workers, rank)
+        for kind, xs in groups
     ]

@@ -17,7 +17,7 @@ from keras import optimizers
 
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.averaging import Averaging
-from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
+from nlcg_tf.horovod.collectives import average, gather, name_of, plain, reduce_scatter
 from nlcg_tf.horovod.layout import divide
 from nlcg_tf.horovod.whole import RecordsSlots, take_own_shard, whole_optimizer
 from nlcg_tf.optimizer import NLCG
@@ -180,11 +180,6 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         if self.built:
             return
         variables = list(variables)
-        for variable in variables:
-            if getattr(variable, "overwrite_with_gradient", False):
-                raise ValueError(
-                    f"`shard=True`: variable '{name_of(variable)}' is overwritten with its gradient"
-                )
         preconditioner = getattr(self, "preconditioner", None)
         whole = preconditioner is not None and preconditioner.couples == "variable"
         layouts = divide(variables, self._use_weight_decay, whole, hvd.size(), hvd.rank())
@@ -263,11 +258,8 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
             )
         super().exclude_from_weight_decay(var_list, var_names)
 
-    def _updated_weights(self):
-        return self.division.weights
-
     def _new_shard(self, number, layout, variables):
-        shard = layout.own_shard([variables[i].value for i in layout.indices])
+        shard = layout.own_shard([plain(variables)[i] for i in layout.indices])
         return keras.Variable(shard, dtype=layout.dtype, name=f"shard_{number}")
 
     def _use_weight_decay(self, variable):
@@ -280,29 +272,25 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
     def apply(self, grads, trainable_variables=None):
         grads = list(grads)
         self._compare(grads, trainable_variables)  # before what one worker alone may find wrong
-        if trainable_variables is None and self.built:
-            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables or self._trainable_variables)
         if self.built:
+            self._check_variables_are_known(variables)
+            found = dict(zip(map(self._get_variable_index, variables), grads))
+            if not len(found) == len(grads) == len(self._trainable_variables):
+                raise ValueError(
+                    "`shard=True` updates all variables together, each once. Received: gradients "
+                    f"of {len(grads)} of {len(self._trainable_variables)} variables"
+                )
             # The vector's order, whatever order they come in.
-            trainable_variables = list(trainable_variables)
-            self._check_variables_are_known(trainable_variables)
-            pairs = sorted(
-                zip(grads, trainable_variables), key=lambda pair: self._get_variable_index(pair[1])
-            )
-            grads, trainable_variables = [list(x) for x in zip(*pairs)] if pairs else ([], [])
-        variables = trainable_variables or self._trainable_variables
+            variables = self._trainable_variables
+            grads = [found[i] for i in range(len(grads))]
         for gradient, variable in zip(grads, variables):
             if gradient is None:
                 raise ValueError(
                     f"`shard=True` needs a gradient of every variable, '{name_of(variable)}' has "
                     "none. Freeze its layer (`trainable = False`) before the optimizer is built"
                 )
-        if self.built and len(grads) != len(self._trainable_variables):
-            raise ValueError(
-                "`shard=True` updates all variables together. Received: gradients of "
-                f"{len(grads)} of {len(self._trainable_variables)} variables"
-            )
-        super().apply(grads, trainable_variables)
+        super().apply(grads, variables or None)
 
     @property
     def _averages_first(self):
@@ -345,11 +333,11 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         vectors = gather([tf.convert_to_tensor(shard) for shard in self.division.weights])
         for layout, vector in zip(self.division.layouts, vectors):
             for i, value in zip(layout.indices, layout.restore(vector)):
-                self._trainable_variables[i].value.assign(value)
+                plain(self._trainable_variables)[i].assign(value)
 
     def _update_shards(self, grads, learning_rate):
         """Updates this worker's shard of the weights, in `division.weights`."""
-        weights = [v.value for v in self._trainable_variables]
+        weights = plain(self._trainable_variables)
         for layout, shard in zip(self.division.layouts, self.division.weights):
             shard.assign(layout.own_shard([weights[i] for i in layout.indices]))
         # The factors of a shard are this worker's alone.

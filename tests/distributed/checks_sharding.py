@@ -346,6 +346,8 @@ def check_what_cannot_be_sharded_is_refused():
     expect(ValueError, "worker 0 and none on worker 1", odd.apply, own, variables)
     expect(ValueError, "has none. Freeze", optimizer.apply, [None, *gradients[1:]], variables)
     expect(ValueError, "1 of 4 variables", optimizer.apply, gradients[:1], variables[:1])
+    twice = [variables[0], *variables[:3]]
+    expect(ValueError, "each once", optimizer.apply, gradients, twice)
     # In whatever order they come.
     model.set_weights([np.zeros(v.shape) for v in variables])
     gradients = [tf.fill(v.shape, float(i)) for i, v in enumerate(variables)]

@@ -309,6 +309,26 @@ def check_the_loss_of_an_optimizer_deep_inside_is_averaged():
     hvd.check_identical([variable, *(v for v in inner.variables if v is not inner.observed_loss)])
 
 
+def check_a_wrapper_ends_with_the_averages_of_the_weights():
+    """Where an optimizer inside of it keeps them."""
+    sgd = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(sgd, 1.0))
+    variable = keras.Variable([1.0])
+    for _ in range(2):
+        optimizer.apply([tf.constant([1.0 + hvd.rank()])], [variable])  # 1.5 in the mean
+    optimizer.finalize_variable_values([variable])
+    np.testing.assert_allclose(variable.numpy(), [-1.25])  # of -0.5 and -2
+
+
+def check_variables_of_tensorflow_are_updated():
+    for shard in (False, True):
+        variable = tf.Variable([1.0, 2.0])
+        optimizer = hvd.DistributedOptimizer(NLCG(0.1, "momentum"), shard=shard)
+        optimizer.build([variable])
+        optimizer.apply([tf.constant([1.0, 1.0]) + hvd.rank()], [variable])
+        np.testing.assert_allclose(variable.numpy(), [0.715, 1.715], rtol=1e-6)
+
+
 def check_the_workers_may_have_made_other_optimizers_before():
     """Keras counts them up in their names, and a graph has the names of Horovod's operations."""
     for _ in range(hvd.rank()):

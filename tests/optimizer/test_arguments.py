@@ -87,6 +87,7 @@ def test_what_a_preconditioner_of_ones_own_takes_and_returns_is_checked():
         (lambda: NLCG().observe_loss(keras.ops.ones(3)), "loss"),
         (lambda: StepLineSearch(smoothing=1.0), "smoothing"),
         (lambda: StepLineSearch(limits=(1.0, 1.1), factors=(1.0, 1.0)), "limits"),
+        (lambda: StepLineSearch(limits=None), "limits"),
         (lambda: StepLineSearch(limits=(1.1,)), "factors"),
         (lambda: NormalizedBFGS(0), "decay"),
         (lambda: NormalizedBFGS(1.1), "decay"),
@@ -187,3 +188,16 @@ def test_gradients_that_do_not_fit_are_refused(fused):
     np.testing.assert_array_equal(v.numpy(), [1.0, 2.0])
     with pytest.raises(ValueError, match="updates variables"):
         NLCG().build([np.ones(2)])
+
+
+def test_a_line_search_without_a_scale_is_refused():
+    class Scaleless:
+        def initial_state(self):
+            return {"previous_loss": 0.0}
+
+        def update(self, state, loss, updates):
+            return state
+
+    optimizer = NLCG(line_search=Scaleless())
+    with pytest.raises(ValueError, match=r"learning_rate_scale.*Received: line_search=.*Scaleless"):
+        optimizer.build([keras.Variable([1.0])])

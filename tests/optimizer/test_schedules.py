@@ -117,7 +117,7 @@ def test_a_short_run_warms_up_in_proportion_and_never_above_the_peak(cls):
 
 @pytest.mark.parametrize("cls", [CifarSchedule, ImageNetSchedule])
 def test_saved_and_loaded(cls):
-    schedule = cls(2048, 90, 24)
+    schedule = cls(2048, 90, np.int64(24))
     config = keras.optimizers.schedules.serialize(schedule)
     copy = keras.optimizers.schedules.deserialize(config)
     np.testing.assert_array_equal(
