@@ -7,23 +7,40 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-from trainers.engine.imports import import_tensorflow
-
-if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
-    import_tensorflow()
-
-import keras
-import numpy as np
 import pytest
-import tensorflow as tf
 
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
+from tests.support import launch
+
+# The files that take longest begin first, so that no worker ends long after the others.
+LONGEST = ("test_horovod", "test_versions", "test_elastic", "test_fullsize", "test_docs")
+LONGEST += ("test_update", "test_imagenet", "test_cifar", "test_curvature", "test_failures")
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):
+        # This process only distributes the tests; its workers share the process that forks.
+        os.environ[launch.forked.ADDRESS] = launch.server()[1]
+        return
+    from trainers.engine.imports import import_tensorflow
+
+    if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
+        import_tensorflow()
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True)
 def reset_keras():
+    import keras
+
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(0)
@@ -38,11 +55,15 @@ def mirrored():
 
     A second one fails where its first collective has another shape than that of the first one.
     """
+    import tensorflow as tf
+
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 @pytest.fixture
 def rng():
+    import numpy as np
+
     return np.random.default_rng(0)
 
 

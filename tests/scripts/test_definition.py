@@ -1,12 +1,14 @@
 """What a sweep runs: definitions in a line or a file."""
 
+import sys
+
 import pytest
 import yaml
 
 from scripts.sweep import __main__ as sweep_program
 from scripts.sweep import definition as definitions
 from tests.support.launch import run
-from tests.support.sweeps import DEFINITION, SWEEP, write
+from tests.support.sweeps import DEFINITION, write
 from trainers.optimizers.choice import flags_of, trained
 
 
@@ -110,7 +112,8 @@ def test_bad_words_and_files_are_errors(tmp_path):
     file.write_text("optimizers:\n  A: {optimizer: nlcg}\n  A: {optimizer: sgd}\n")
     with pytest.raises(ValueError, match="'A' stands twice"):
         definitions.from_file(file)
-    done = run([*SWEEP, f"--folder={tmp_path / 'a'}", write(tmp_path, {**DEFINITION, "grid": []})])
+    command = [sys.executable, "-m", "scripts.sweep", f"--folder={tmp_path / 'a'}"]
+    done = run([*command, write(tmp_path, {**DEFINITION, "grid": []})])
     assert (done.returncode, done.stderr) == (2, "error: grid must not be empty. Received: []\n")
     assert not (tmp_path / "a").exists()
 

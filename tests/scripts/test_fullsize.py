@@ -1,5 +1,6 @@
 """The full-size study through JAX: the TensorFlow trainer's training, and it goes on."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,7 +16,8 @@ import yaml
 from tests.support.launch import PYTHON, ROOT, environment, run
 from trainers.engine.folder import read_flags, read_json, read_metrics
 
-pytest.importorskip("jax")
+if importlib.util.find_spec("jax") is None:  # to import it here takes seconds
+    pytest.skip("JAX is not installed", allow_module_level=True)
 FLAGS = {"dataset": "digits", "depth": 8, "per_worker_batch_size": 8, "log_steps": 1}
 # The trainer itself, on images that are not augmented: where it begins, and 20 updates later.
 TENSORFLOW = """

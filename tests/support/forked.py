@@ -2,10 +2,10 @@
 
     python -IS tests/support/forked.py [python] -m MODULE ARGUMENTS      or -c CODE, or FILE
 
-Importing TensorFlow takes longer than most of what the tests' programs do. This command does what
-`python` does with the same words: it has the program's output, exit status and environment, and
-SIGTERM, SIGINT, SIGHUP and SIGUSR1 come to the program. If the command is killed, so is the program
-a moment later.
+Importing TensorFlow, and what the programs import later, takes longer than most of what they do.
+This command does what `python` does with the same words: it has the program's output, exit status
+and environment, and SIGTERM, SIGINT, SIGHUP and SIGUSR1 come to the program. If the command is
+killed, so is the program a moment later.
 
 A fork differs from a process of its own: it has the order of sets of the process that forks, and
 whatever variables Python, Keras and TensorFlow read when they are imported. So tests of imports, of
@@ -83,13 +83,18 @@ def main(words):
 def serve(listener):
     """Forks once for each command, until the tests have ended."""
     import gc
+    import importlib
     import shutil
 
     address, before = listener.getsockname(), dict(os.environ)
     from trainers.engine.imports import import_tensorflow
 
     import_tensorflow()
-    import trainers.engine.run  # noqa: F401
+    os.environ["MPLBACKEND"] = "Agg"
+    # What programs import when they need it, and the trainers.
+    modules = ("matplotlib.pyplot", "pandas", "sklearn.datasets", "sklearn.model_selection")
+    for name in (*modules, "trainers.engine.run"):
+        importlib.import_module(name)
 
     gc.freeze()  # nothing of this is looked through again when a fork ends
     changed = {name: x for name, x in os.environ.items() if before.get(name) != x}

@@ -9,15 +9,16 @@ python tests/support/horovodrun.py --gloo -np 2 COMMAND
 import subprocess
 import sys
 
-from horovod.runner import launch
-from horovod.runner.elastic.discovery import HostDiscoveryScript
-
 
 def _discover(self):
     return subprocess.check_output(self._discovery_script, shell=True, text=True)
 
 
 if __name__ == "__main__":
+    # Not above: the processes in between, which multiprocessing spawns, import this file too.
+    from horovod.runner import launch
+    from horovod.runner.elastic.discovery import HostDiscoveryScript
+
     launch.gloo_built = lambda verbose=False: True
     HostDiscoveryScript._execute_discovery_script = _discover
     sys.exit(launch.run_commandline())

@@ -39,12 +39,12 @@ def has_mpi():
 
 
 def environment(**variables):
-    own = {"PYTHONPATH": str(ROOT), "HOROVOD_LOG_LEVEL": "warning", forked.ADDRESS: _server()[1]}
+    own = {"PYTHONPATH": str(ROOT), "HOROVOD_LOG_LEVEL": "warning", forked.ADDRESS: server()[1]}
     return {**os.environ, **own, **variables}
 
 
 @functools.cache
-def _server():
+def server():
     """The process that forks, one for each process of pytest: it, which must be kept, and where."""
     if forked.ADDRESS in os.environ:
         return None, os.environ[forked.ADDRESS]

@@ -1,10 +1,10 @@
 """Definitions of sweeps that several test files share."""
 
-import sys
-
 import yaml
 
-SWEEP = [sys.executable, "-m", "scripts.sweep"]
+from tests.support.launch import PYTHON
+
+SWEEP = [*PYTHON, "-m", "scripts.sweep"]
 DEFINITION = {
     "flags": {"dataset": "digits", "epochs": 10},
     "optimizers": {
