@@ -259,7 +259,7 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         super().exclude_from_weight_decay(var_list, var_names)
 
     def _new_shard(self, number, layout, variables):
-        shard = layout.own_shard([plain(variables)[i] for i in layout.indices])
+        shard = layout.own_shard(plain([variables[i] for i in layout.indices]))
         return keras.Variable(shard, dtype=layout.dtype, name=f"shard_{number}")
 
     def _use_weight_decay(self, variable):
@@ -331,9 +331,10 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         self._update_shards(grads, learning_rate)
         vectors = gather([tf.convert_to_tensor(shard) for shard in self.division.weights])
+        weights = plain(self._trainable_variables)
         for layout, vector in zip(self.division.layouts, vectors):
             for i, value in zip(layout.indices, layout.restore(vector)):
-                plain(self._trainable_variables)[i].assign(value)
+                weights[i].assign(value)
 
     def _update_shards(self, grads, learning_rate):
         """Updates this worker's shard of the weights, in `division.weights`."""
