@@ -60,5 +60,5 @@ class CountsUpdates:
     def finalize_variable_values(self, var_list):
         if self.use_ema:
             super()._overwrite_model_variables_with_average_value(var_list)
-        else:
+        elif self.built:
             super().finalize_variable_values(var_list)  # a wrapper hands it on

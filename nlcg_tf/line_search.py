@@ -11,6 +11,7 @@ for a loss that is not finite is dropped by the optimizer.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -112,7 +113,7 @@ class StepLineSearch(Configurable):
 
     def __post_init__(self):
         for name in ("limits", "factors"):
-            self._check(name, lambda xs: isinstance(xs, (list, tuple)), "be a list or tuple")
+            self._check(name, lambda xs: isinstance(xs, Iterable), "be a sequence")
         self.limits, self.factors = tuple(self.limits), tuple(self.factors)
         self._check("period", lambda x: type(x) is int and x >= 1, "be an int >= 1")
         self._check("smoothing", lambda x: is_number(x) and 0 <= x < 1, "lie in [0, 1)")

@@ -137,7 +137,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         for v in var_list:
             if not hasattr(v, "assign") or not hasattr(v, "dtype"):
                 raise ValueError(f"NLCG updates variables. Received: {v!r} of type {type(v)}")
-        _check_distinct(var_list)
+        check_distinct(var_list)
         for v in var_list:
             if "float" not in keras.backend.standardize_dtype(v.dtype):
                 raise ValueError(
@@ -237,7 +237,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         """Left to the update, so that a skipped update leaves the weights alone."""
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        _check_distinct(trainable_variables)
+        check_distinct(trainable_variables)
         _check_gradients(grads, trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
         weight_decays = [
@@ -331,7 +331,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             return super().from_config(dict(config), custom_objects)
 
 
-def _check_distinct(variables):
+def check_distinct(variables):
+    """Raises a ValueError for a list in which a variable stands twice."""
     seen = set()
     for v in variables:
         own = id(v)

@@ -12,5 +12,5 @@ ruff check .
 ruff format --check .
 mypy
 # A file's tests stay together; two files at once, since most tests are one thread's work.
-# In the order of the folders: the long tests, of several workers, come first.
+# In the order of tests/conftest.py: the longest files come first.
 exec python -m pytest -n $(($(nproc) > 1 ? 2 : 1)) --dist loadfile --no-loadscope-reorder "$@"

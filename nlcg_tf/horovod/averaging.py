@@ -90,9 +90,10 @@ class Averaging(CountsUpdates):
             digest = tf.constant([zlib.crc32(json.dumps(own).encode())], tf.int64)
             if len(set(hvd.allgather(digest, name="Horovod_kinds").numpy())) == 1:
                 return
-        else:
-            own[0].update(self._settings())
-        with tf.init_scope():  # what has a gradient is known while a graph is traced
+        # Outside of the graph that is traced, where Keras can read the settings' values.
+        with tf.init_scope():
+            if not self._are_compared:
+                own[0].update(self._settings())
             first, *others = allgather_object(own)
         for worker, found in enumerate(others, 1):
             _compare_settings(first[0], found[0], worker)

@@ -20,7 +20,7 @@ from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import average, gather, name_of, plain, reduce_scatter
 from nlcg_tf.horovod.layout import divide
 from nlcg_tf.horovod.whole import RecordsSlots, take_own_shard, whole_optimizer
-from nlcg_tf.optimizer import NLCG
+from nlcg_tf.optimizer import NLCG, check_distinct
 from nlcg_tf.polar import shared_by
 from nlcg_tf.reductions import Sums
 
@@ -180,6 +180,7 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         if self.built:
             return
         variables = list(variables)
+        check_distinct(variables)
         preconditioner = getattr(self, "preconditioner", None)
         whole = preconditioner is not None and preconditioner.couples == "variable"
         layouts = divide(variables, self._use_weight_decay, whole, hvd.size(), hvd.rank())
@@ -275,11 +276,12 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         variables = list(trainable_variables or self._trainable_variables)
         if self.built:
             self._check_variables_are_known(variables)
+            check_distinct(variables)
             found = dict(zip(map(self._get_variable_index, variables), grads))
             if not len(found) == len(grads) == len(self._trainable_variables):
                 raise ValueError(
-                    "`shard=True` updates all variables together, each once. Received: gradients "
-                    f"of {len(grads)} of {len(self._trainable_variables)} variables"
+                    "`shard=True` updates all variables together. Received: gradients of "
+                    f"{len(grads)} of {len(self._trainable_variables)} variables"
                 )
             # The vector's order, whatever order they come in.
             variables = self._trainable_variables

@@ -347,7 +347,8 @@ def check_what_cannot_be_sharded_is_refused():
     expect(ValueError, "has none. Freeze", optimizer.apply, [None, *gradients[1:]], variables)
     expect(ValueError, "1 of 4 variables", optimizer.apply, gradients[:1], variables[:1])
     twice = [variables[0], *variables[:3]]
-    expect(ValueError, "each once", optimizer.apply, gradients, twice)
+    expect(ValueError, "is given twice", optimizer.apply, gradients, twice)
+    expect(ValueError, "is given twice", shard(keras.optimizers.SGD(0.1)).build, twice)
     # In whatever order they come.
     model.set_weights([np.zeros(v.shape) for v in variables])
     gradients = [tf.fill(v.shape, float(i)) for i, v in enumerate(variables)]

@@ -355,6 +355,10 @@ def check_settings_that_differ_are_refused():
     refused("`compression`", sgd(), compression="bf16" if other else None)
     refused("`shard`", sgd(), shard=other)
     refused("`learning_rate`: 0.1.* on worker 0, 0.2.* on worker 1", sgd(0.2 if other else 0.1))
+    optimizer = hvd.DistributedOptimizer(sgd(0.1, 0.9 if other else 0.5))
+    optimizer.build([variable])
+    in_graph = tf.function(lambda: optimizer.apply([gradient], [variable]))
+    expect(ValueError, "`momentum`: 0.5 on worker 0", in_graph)
     shape = "float32 \\(1,\\).*float32 \\(2,\\)|float32 \\(2,\\)"
     refused(shape, sgd(), tf.ones([1 + hvd.rank()]))
     optimizer = hvd.DistributedOptimizer(sgd())

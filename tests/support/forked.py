@@ -91,10 +91,11 @@ def serve(listener):
 
     import_tensorflow()
     os.environ["MPLBACKEND"] = "Agg"
-    # What programs import when they need it, and the trainers.
-    modules = ("matplotlib.pyplot", "pandas", "sklearn.datasets", "sklearn.model_selection")
-    for name in (*modules, "trainers.engine.run"):
-        importlib.import_module(name)
+    importlib.import_module("trainers.engine.run")
+    # What programs import when they need it, where it is installed.
+    for name in ("matplotlib.pyplot", "pandas", "sklearn.datasets", "sklearn.model_selection"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
     gc.freeze()  # nothing of this is looked through again when a fork ends
     changed = {name: x for name, x in os.environ.items() if before.get(name) != x}
