@@ -157,13 +157,13 @@ def from_flags(flags, schedule, paper_line_search):
     )
 
 
-def spectral_peak(updates):
-    """The peak rate of `"spectral"` for a training of so many updates, whatever the batch.
+def spectral_peak(batch):
+    """The default peak rate of `"spectral"`, a fraction of each kernel's norm.
 
-    It is a fraction of each kernel's norm. In results/cifar100 the best was 0.064 for 30 updates,
-    0.032 for 120 and 0.016 for 480; nothing shorter was measured.
+    Small batches have noisier gradients, which want shorter steps. docs/choosing.md has the
+    measurements.
     """
-    return 0.064 * min(1.0, 30 / updates) ** 0.5
+    return 0.064 * min(1.0, batch / 2048) ** 0.5
 
 
 def make_schedule(kind, flags, plan):
@@ -176,7 +176,7 @@ def make_schedule(kind, flags, plan):
     """
     factor, peak = flags["learning_rate_factor"], flags["peak_learning_rate"]
     if peak is None and (flags["optimizer"], flags["preconditioner"]) == ("nlcg", "spectral"):
-        factor, peak = 1.0, spectral_peak(plan.updates) * factor
+        factor, peak = 1.0, spectral_peak(plan.global_batch_size) * factor
     sizes = plan.global_batch_size, plan.epochs, plan.updates_per_epoch
     return kind(*sizes, factor, peak, flags["decay"])
 
