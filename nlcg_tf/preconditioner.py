@@ -43,7 +43,7 @@ class Preconditioner(Configurable):
     couples: ClassVar[str] = "elements"
     uses_steps: ClassVar[bool] = False
     uses_weights: ClassVar[bool] = False
-    limits_norms: ClassVar[bool] = False
+    limits_norms: bool = False
 
     def initial_state(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], Any]]:
         """What is kept for a variable: from names to shape and initial value.
@@ -282,7 +282,7 @@ class Spectral(Preconditioner):
         P g = ||W|| O / ||O||            Frobenius norms
         P g = vector_length g / rms(g)   a variable of one dimension or none
 
-    A step may not make a kernel longer than `norm_limits` says.
+    A step may not make a kernel longer than `norm_limits` says, unless `limits_norms` is False.
 
     If the root mean square of a kernel's elements is below 0.01 / sqrt(rows), the step is as long
     as if it had this value. Without this rule a kernel that is zero would never move. The value is
@@ -290,18 +290,21 @@ class Spectral(Preconditioner):
 
     Args:
         vector_length: float > 0, root of the mean square of P g of a vector.
+        limits_norms: bool. `True` is for networks with batch norm. Where no normalization follows a
+            kernel, its norm matters, and the limit keeps the network from learning.
 
     Raises:
-        ValueError: for a length that is not positive.
+        ValueError: for a length that is not positive, or another value than a bool.
     """
 
     vector_length: float = 0.3
+    limits_norms: bool = True
 
     couples = "variable"
     uses_weights = True
-    limits_norms = True
 
     def __post_init__(self):
+        self._check("limits_norms", lambda x: type(x) is bool, "be True or False")
         self._check("vector_length", lambda x: is_number(x) and x > 0, "be a number above 0")
 
     def apply(self, state, g, w, epsilon, sums):

@@ -76,6 +76,7 @@ def _gain_ratio(value):
     return measure_gain_ratio
 
 
+_NO_LIMIT = {"class_name": "nlcg_tf>Spectral", "config": {"limits_norms": False}}
 ABLATION = {
     "default": _variant("NLCG", choice.VERMILION),
     "beta_constant": _variant("beta 0.9", choice.BLACK, direction__blended=_constant_beta),
@@ -96,6 +97,9 @@ ABLATION = {
     "gain_ratio_1": _variant(
         "gain ratio 1", choice.GREY, "--", noise__measure_gain_ratio=_gain_ratio(1.0)
     ),
+    "spectral_no_limit": _variant(
+        "NLCG-spectral, no limit", choice.SKY, "--", arguments={"preconditioner": _NO_LIMIT}
+    ),
 }
 # All that the study knows, in the order of its tables.
 KNOWN = collections.ChainMap(ABLATION, choice.OPTIMIZERS)
@@ -110,8 +114,8 @@ def make_optimizer(name):
 
     arguments = dict(ABLATION[name].arguments)
     decay = arguments.pop("decay", 0.99)
-    preconditioner = nlcg_tf.preconditioner.NormalizedBFGS(decay)
-    return nlcg_tf.NLCG(0.01, preconditioner=preconditioner, fused=False, **arguments)
+    arguments.setdefault("preconditioner", nlcg_tf.preconditioner.NormalizedBFGS(decay))
+    return nlcg_tf.NLCG(0.01, fused=False, **arguments)
 
 
 @contextlib.contextmanager

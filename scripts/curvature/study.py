@@ -47,7 +47,8 @@ FULL_BATCH = ("autoencoder", "poisson", "burgers")
 STUDIED = ["nlcg", "nlcg_noprec", "nlcg_fr", "nlcg_fr_noprec", "nlcg_pr"]
 STUDIED += ["nlcg_pr_noprec", "momentum", "nesterov", "adam", "lbfgs"]
 # The middle of the grid of learning rates, in half decades: 10^(middle / 2).
-MIDDLES = {"adam": -5, "adamw": -5, "lamb": -5, "nlcg_spectral": -5, "nlcg_fr": -2, "nlcg_pr": -2}
+MIDDLES = {"adam": -5, "adamw": -5, "lamb": -5, "nlcg_spectral": -5, "spectral_no_limit": -5}
+MIDDLES |= {"nlcg_fr": -2, "nlcg_pr": -2}
 MIDDLE_WITHOUT_PRECONDITIONER = -3
 
 

@@ -137,6 +137,16 @@ def test_kernels_grow_to_the_size_of_initializers_and_then_keep_their_norms(fuse
     assert norms[2] > 10  # vectors have no limit
 
 
+def test_without_the_limit_kernels_grow(fused):
+    free = nlcg_tf.preconditioner.Spectral(limits_norms=False)
+    optimizer = NLCG(0.1, preconditioner=free, fused=fused)
+    variable = keras.Variable(np.eye(4, dtype="float32"))
+    for _ in range(5):
+        optimizer.apply([-tf.eye(4)], [variable])
+    # Each step is 0.1 of a length that grows with the weights, times that of summed directions.
+    assert np.linalg.norm(variable.numpy()) > 2 * (1 + 5 * 0.1)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_is_skipped(bad, rng, fused):
     weights = draw(rng)
@@ -212,6 +222,11 @@ def test_every_way_to_train_gives_the_same_weights(arguments, expected, request)
 
 def test_mirrored_strategy_equals_one_replica(mirrored, expected):
     assert relative_difference(fit(mirrored, jit_compile=False), expected) < 1e-4
+
+
+def test_the_limit_is_on_or_off():
+    with pytest.raises(ValueError, match=r"`limits_norms`.*Received: limits_norms=1"):
+        nlcg_tf.preconditioner.Spectral(limits_norms=1)
 
 
 @pytest.mark.parametrize("length", [0, -1.0, np.inf, "long", True])
