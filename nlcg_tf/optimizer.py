@@ -171,15 +171,15 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             )
         # Scalars lie together in two vectors: one to read, and one kernel to write, not a dozen.
         state = self.line_search.initial_state() if self.line_search else {}
-        if self.line_search and "learning_rate_scale" not in state:
-            raise ValueError(
-                "`line_search` must have a state `learning_rate_scale`. Received: "
-                f"line_search={self.line_search!r} with {list(state)}"
-            )
         if taken := set(REALS) & set(state):
             raise ValueError(
                 f"`line_search` has a state of the optimizer's own name: {', '.join(taken)}. "
                 f"Received: line_search={self.line_search!r}"
+            )
+        if self.line_search and "learning_rate_scale" not in state:
+            raise ValueError(
+                "`line_search` must have a state `learning_rate_scale`. Received: "
+                f"line_search={self.line_search!r} with {list(state)}"
             )
         self.real_names = [*REALS, *state]
         values = [*[0.0] * len(REALS), *state.values()]
