@@ -149,7 +149,7 @@ def check_a_saved_model_has_the_whole_state():
     path = hvd.broadcast_object(folder) + "/model.keras"
     model = model_of("float32")
     model.compile(optimizer=distributed("blended", True, {}), loss="mse")
-    train(model, model.optimizer, 4, graph=False)
+    train(model, model.optimizer, 4)
     expect(RuntimeError, "is sharded.*gathered", model.save, f"{path}.{hvd.rank()}.keras")
     checkpoint = tf.train.Checkpoint(optimizer=model.optimizer)
     expect(RuntimeError, "is sharded.*gather_optimizer", checkpoint.save, f"{path}.{hvd.rank()}")
@@ -173,12 +173,12 @@ def check_a_saved_model_has_the_whole_state():
     other.optimizer.iterations.assign(4)
     callback.on_train_begin()
     ends = [
-        flat(train(m, o, 4, graph=False).weights)
+        flat(train(m, o, 4).weights)
         for m, o in ((model, model.optimizer), (other, other.optimizer))
     ]
     np.testing.assert_array_equal(*ends)
     plain = hvd.DistributedOptimizer(loaded.optimizer)
-    difference = relative_difference(flat(train(loaded, plain, 4, graph=False).weights), ends[0])
+    difference = relative_difference(flat(train(loaded, plain, 4).weights), ends[0])
     assert difference < 1e-6, difference
 
 
@@ -189,7 +189,7 @@ def check_elastic_workers_divide_the_kept_state():
 
 def divides_the_kept_state(name):
     model, optimizer = model_of("float32"), distributed(name, True, {})
-    train(model, optimizer, 4, graph=False)
+    train(model, optimizer, 4)
     variables = [*model.variables, *optimizer.variables]
     state = hvd.ElasticState(variables, update=4)
 
@@ -200,10 +200,10 @@ def divides_the_kept_state(name):
     trained = [np.array(v) for v in variables]
     state.sync()
     check_kept(trained)
-    train(model, optimizer, 4, graph=False)
+    train(model, optimizer, 4)
     state.save()
     kept = [np.array(v) for v in variables]
-    train(model, optimizer, 4, graph=False)
+    train(model, optimizer, 4)
     # A worker is lost, and after that one joins that knows nothing.
     state.restore()
     state.reset()
@@ -213,7 +213,7 @@ def divides_the_kept_state(name):
     check_kept(kept)
     # Without a loss and without a commit the workers go on from where they are.
     state.save()
-    train(model, optimizer, 4, graph=False)
+    train(model, optimizer, 4)
     trained = [np.array(v) for v in variables]
     state.sync()
     check_kept(trained)
@@ -224,7 +224,7 @@ def divides_the_kept_state(name):
         assert {float(v) for v in np.ravel(diagonal)} == {1.0}
     assert not np.any(optimizer.slots["direction"][0])
     state.sync()
-    train(model, optimizer, 4, graph=False)
+    train(model, optimizer, 4)
     hvd.check_identical([*model.variables, *optimizer.variables])
 
 

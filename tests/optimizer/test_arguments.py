@@ -188,16 +188,3 @@ def test_gradients_that_do_not_fit_are_refused(fused):
     np.testing.assert_array_equal(v.numpy(), [1.0, 2.0])
     with pytest.raises(ValueError, match="updates variables"):
         NLCG().build([np.ones(2)])
-
-
-def test_a_line_search_without_a_scale_is_refused():
-    class Scaleless:
-        def initial_state(self):
-            return {"previous_loss": 0.0}
-
-        def update(self, state, loss, updates):
-            return state
-
-    optimizer = NLCG(line_search=Scaleless())
-    with pytest.raises(ValueError, match=r"learning_rate_scale.*Received: line_search=.*Scaleless"):
-        optimizer.build([keras.Variable([1.0])])

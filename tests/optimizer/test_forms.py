@@ -42,16 +42,23 @@ def test_a_slot_with_a_name_of_the_optimizer_is_refused():
         paper_nlcg(preconditioner=preconditioner).build([keras.Variable([1.0])])
 
 
-def test_a_line_search_with_a_state_of_the_optimizers_name_is_refused():
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        ({"step_size": 1.0}, "has a state of the optimizer's own name: step_size"),
+        ({"previous_loss": 0.0}, "must have a state `learning_rate_scale`"),
+    ],
+)
+def test_a_line_search_with_another_state_than_it_must_have_is_refused(state, words):
     class Fixed:
         def initial_state(self):
-            return {"step_size": 1.0}
+            return state
 
         def update(self, state, loss, updates):
             return state
 
     optimizer = NLCG(line_search=Fixed())
-    with pytest.raises(ValueError, match=r"`line_search` has a state.*step_size"):
+    with pytest.raises(ValueError, match=f"`line_search` {words}.*Received: line_search=.*Fixed"):
         optimizer.build([keras.Variable([1.0])])
 
 
