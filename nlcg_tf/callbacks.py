@@ -2,6 +2,8 @@
 
 import keras
 
+from nlcg_tf.configurable import check_choice
+
 SHOWN = ("beta", "step_size", "learning_rate_scale", "cosine", "skipped_updates")
 
 
@@ -22,10 +24,7 @@ class OptimizerDiagnostics(keras.callbacks.Callback):
 
     def __init__(self, update_freq: str = "epoch") -> None:
         super().__init__()
-        if update_freq not in ("epoch", "batch"):
-            raise ValueError(
-                f"`update_freq` must be 'epoch' or 'batch'. Received: update_freq={update_freq!r}"
-            )
+        check_choice("update_freq", update_freq, ["epoch", "batch"])
         self.update_freq = update_freq
 
     def on_train_begin(self, logs=None):

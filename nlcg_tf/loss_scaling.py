@@ -6,9 +6,16 @@ class's `scale_loss` is therefore replaced by one that does what it always did, 
 loss to all optimizers inside that have `observe_loss`.
 """
 
+import threading
+import weakref
 from collections.abc import Mapping
 
 import keras
+
+# Of this thread: the optimizer whose `scale_loss` came last before it was built, by a weak
+# reference, the loss, and who has taken it. `MultiOptimizer` may find the optimizers inside of it
+# only when it is built.
+_before_build = threading.local()
 
 
 def tell_inner_optimizers():
@@ -31,10 +38,23 @@ def _telling(original):
             for optimizer in inner_optimizers(self):
                 if hasattr(optimizer, "observe_loss"):
                     optimizer.observe_loss(loss)
+            if not self.built:
+                vars(_before_build).update(outer=weakref.ref(self), loss=loss, taken=[])
         return scaled
 
     scale_loss.tells_inner_optimizers = True
     return scale_loss
+
+
+def take_loss_before_build(optimizer):
+    """The loss that an outer optimizer was told before it found this one; otherwise `None`."""
+    outer = getattr(_before_build, "outer", lambda: None)()
+    if outer is None or optimizer not in inner_optimizers(outer):
+        return None
+    if optimizer in _before_build.taken:
+        return None
+    _before_build.taken.append(optimizer)
+    return _before_build.loss
 
 
 def inner_optimizers(optimizer):

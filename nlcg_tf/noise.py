@@ -89,11 +89,13 @@ def update_clip(norm, mean, momentum):
             in the end, and the mean begins there.
 
     Returns:
-        `(factor, mean)`, scalar tensors: the factor of the update and of d is at most 1.
+        `(factor, mean)`, scalar tensors: the factor of the update and of d is at most 1, and 0 for
+        an update whose norm overflows.
     """
     known, longest = ops.isfinite(norm), GROWTH * mean
-    clipped = known & (mean > 0) & (norm > longest)
+    clipped = (mean > 0) & (norm > longest)
     factor = ops.where(clipped, longest / norm, ops.ones_like(norm))
+    factor = ops.where(known, factor, ops.zeros_like(norm))
     moved = MEMORY * mean + (1 - MEMORY) * factor * norm
     moved = ops.where(mean > 0, moved, norm / (1 - momentum))
     return factor, ops.where(known, moved, mean)

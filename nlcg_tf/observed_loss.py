@@ -7,7 +7,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from nlcg_tf.loss_scaling import tell_inner_optimizers
+from nlcg_tf.loss_scaling import take_loss_before_build, tell_inner_optimizers
+
+if keras.backend.backend() == "tensorflow":
+    from nlcg_tf import replicas
 
 # In `observed_loss` where none was observed since the last `apply`. As a loss it is not finite: an
 # update with it is skipped.
@@ -47,12 +50,13 @@ class ObservesLoss(keras.optimizers.Optimizer):
         """
         if not self._uses_loss:
             return
-        loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
+        try:
+            loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
+        except Exception as error:  # each backend has its own
+            raise ValueError(f"`loss` must be a number. Received: loss={loss!r}") from error
         if len(loss.shape) != 0:
             raise ValueError(f"`loss` must be a scalar. Received: shape={tuple(loss.shape)}")
         if keras.backend.backend() == "tensorflow":
-            from nlcg_tf import replicas
-
             self.observed_loss.assign(replicas.sum_over_replicas([loss])[0])
             # What is traced once runs many times: from then on a graph brings the losses.
             self._loss_comes_from_graph |= replicas.is_tracing()
@@ -91,11 +95,11 @@ class ObservesLoss(keras.optimizers.Optimizer):
         self.observed_loss.assign(ops.full((), NO_LOSS, self.observed_loss.dtype))
 
     def _check_loss(self):
+        if not self._loss_is_known and (loss := take_loss_before_build(self)) is not None:
+            self.observe_loss(loss)
         known, self._loss_is_known = self._loss_is_known, False
         if not known and self._loss_comes_from_graph:
             # A call of the graph leaves nothing in Python.
-            from nlcg_tf import replicas
-
             known = replicas.is_tracing() or self.observed_loss.numpy() != NO_LOSS
         if not known:
             raise ValueError(

@@ -20,6 +20,9 @@ from nlcg_tf.reductions import Sums
 from nlcg_tf.reference import COUNTS, REALS
 from nlcg_tf.saving import KnowsItsLayout
 
+if keras.backend.backend() == "tensorflow":
+    from nlcg_tf import replicas
+
 logger = logging.getLogger("nlcg_tf")
 
 
@@ -238,11 +241,13 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         check_distinct(trainable_variables)
+        # A list as a gradient would have no shape, and be broadcast.
+        grads = [g if hasattr(g, "shape") else ops.convert_to_tensor(g) for g in grads]
         _check_gradients(grads, trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
         weight_decays = [
             self.weight_decay if self.weight_decay and self._use_weight_decay(v) else 0.0
-            for v in trainable_variables
+            for v in plain(trainable_variables)
         ]
         variables = {
             "weights": list(trainable_variables),
@@ -266,8 +271,6 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 
         learning_rate = ops.convert_to_tensor(learning_rate)
         if keras.backend.backend() == "tensorflow":
-            from nlcg_tf import replicas
-
             gradients = replicas.sum_over_replicas(grads)
             replicas.update_each(update, [*gradients, learning_rate], variables)
         else:
@@ -331,29 +334,35 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             return super().from_config(dict(config), custom_objects)
 
 
+def plain(variables):
+    """On TensorFlow its variables behind Keras' ones, as Keras' own optimizers take them.
+
+    Their name is the whole path, by which Keras excludes variables from weight decay.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return list(variables)
+    return [v.value if isinstance(v, keras.Variable) else v for v in variables]
+
+
 def check_distinct(variables):
     """Raises a ValueError for a list in which a variable stands twice."""
     seen = set()
-    for v in variables:
-        own = id(v)
-        if keras.backend.backend() == "tensorflow" and isinstance(v, keras.Variable):
-            own = id(v.value)  # TensorFlow's variable behind it may be given too
-        if own in seen:
+    for v, known in zip(variables, plain(variables)):
+        if id(known) in seen:
             raise ValueError(
                 f"Variable '{getattr(v, 'path', v.name)}' is given twice. The gradient of a weight "
                 "that is used in several places is one sum: give the variable once"
             )
-        seen.add(own)
+        seen.add(id(known))
 
 
 def _check_gradients(grads, variables):
     if len(grads) != len(variables):
         raise ValueError(f"Received {len(grads)} gradients of {len(variables)} variables")
     for g, v in zip(grads, variables):
-        shape, dtype = getattr(g, "shape", v.shape), getattr(g, "dtype", v.dtype)
+        shape, dtype = g.shape, keras.backend.standardize_dtype(g.dtype)
         is_known = getattr(shape, "rank", 0) is not None and None not in tuple(shape)
-        is_complex = "complex" in keras.backend.standardize_dtype(dtype)
-        if is_complex or (is_known and tuple(shape) != tuple(v.shape)):
+        if "complex" in dtype or (is_known and tuple(shape) != tuple(v.shape)):
             raise ValueError(
                 f"The gradient of variable '{getattr(v, 'path', v.name)}' must have the shape "
                 f"{tuple(v.shape)} and real numbers. Received: shape={shape}, dtype={dtype}"

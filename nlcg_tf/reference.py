@@ -255,4 +255,5 @@ def _trust_ratio(optimizer, w, step):
 def cosine(slope, gradient_square, step_square):
     """Of the angle between the step and the negative gradient, from g'd, g'g and d'd."""
     norms = ops.sqrt(gradient_square) * ops.sqrt(step_square)
-    return ops.where(norms > 0, -slope / norms, ops.zeros_like(norms))
+    known = (norms > 0) & ops.isfinite(slope / norms)  # sums may overflow
+    return ops.where(known, -slope / norms, ops.zeros_like(norms))

@@ -1,10 +1,11 @@
-"""The seam to TensorFlow: an update of the whole model on each replica of a tf.distribute strategy.
+"""The seam to TensorFlow: what is traced or compiled, and updates on each replica of a strategy.
 
 Imported only on the TensorFlow backend.
 """
 
 import keras
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 
 def sum_over_replicas(tensors):
@@ -24,13 +25,20 @@ def is_tracing():
     return not tf.executing_eagerly()
 
 
+def is_compiled_by_xla():
+    """Whether what is being traced is for XLA."""
+    return is_tracing() and control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    )
+
+
 def update_each(update, tensors, variables):
     """Calls `update(tensors, variables)` once on each replica's own copies.
 
     Args:
         update: function of the two structures below, which assigns to the variables.
         tensors: list of tensors, equal on all replicas.
-        variables: nested structure of Keras or TensorFlow variables.
+        variables: nested structure of Keras or TensorFlow variables, among them "reals".
     """
     variables = keras.tree.map_structure(
         lambda v: v.value if isinstance(v, keras.Variable) else v, variables
@@ -39,28 +47,12 @@ def update_each(update, tensors, variables):
         update(tensors, variables)
         return
 
-    def update_all(strategy, tensors):
-        if tf.distribute.in_cross_replica_context():
-            for replica, device in enumerate(strategy.extended.worker_devices):
+    @tf.autograph.experimental.do_not_convert
+    def update_own(_, *tensors):
+        # Without this each assignment would be one for all replicas.
+        own = keras.tree.map_structure(lambda v: v._get() if hasattr(v, "_get") else v, variables)
+        update(list(tensors), own)
 
-                def own(x, replica=replica):
-                    # A value that the replicas share comes once.
-                    copies = strategy.experimental_local_results(x)
-                    return copies[replica] if len(copies) > 1 else copies[0]
-
-                with tf.device(device):
-                    update(
-                        [own(x) for x in tensors],
-                        keras.tree.map_structure(own, variables),
-                    )
-        else:
-            # Strategies without merge_call run this on each replica by itself.
-            update(tensors, keras.tree.map_structure(_local, variables))
-
-    tf.__internal__.distribute.interim.maybe_merge_call(
-        update_all, tf.distribute.get_strategy(), tensors
+    tf.distribute.get_strategy().extended.update(
+        variables["reals"], update_own, args=tuple(tensors), group=False
     )
-
-
-def _local(variable):
-    return variable._get() if hasattr(variable, "_get") else variable

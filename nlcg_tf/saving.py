@@ -56,8 +56,9 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
         if "layout" not in store.keys():
             raise ValueError(
                 f"The saved state of optimizer '{self.name}' does not say which settings it "
-                "belongs to. Save it by `optimizer.save_own_variables(store)`, which adds them; a "
-                "list of variables, another optimizer and older versions of nlcg_tf do not."
+                "belongs to: it is another optimizer's, of an older version of nlcg_tf, or a list "
+                "of variables. To load the weights of a model without it, use "
+                "`load_weights(..., skip_mismatch=True)`."
             )
         layout, own = json.loads(np.asarray(store["layout"]).tobytes()), self._layout()
         other = [

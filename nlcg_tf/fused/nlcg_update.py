@@ -13,6 +13,11 @@ import keras
 from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, apply, limited, norm_limits
 from nlcg_tf.reference import COUNTS, OWN_SLOTS, REALS, cosine
 
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    from nlcg_tf import replicas
+
 LIBRARY = pathlib.Path(__file__).with_name("libnlcg_update.so")
 BUILD_COMMAND = "python -m nlcg_tf.fused.build"
 PRECONDITIONERS = {type(None): "none", DiagonalBFGS: "bfgs", NormalizedBFGS: "normalized_bfgs"}
@@ -24,8 +29,6 @@ SLOTS = ("direction", "previous_gradient", "hessian_diagonal")
 @functools.cache
 def _load():
     """Returns `(module, None)`, or `(None, why the op is not available)`."""
-    import tensorflow as tf
-
     from nlcg_tf.fused.build import sources_digest  # it runs as a program too
 
     if not LIBRARY.is_file():
@@ -87,14 +90,9 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     """
     if keras.backend.backend() != "tensorflow":
         return f"the Keras backend is {keras.backend.backend()}, not tensorflow"
-    import tensorflow as tf
-    from tensorflow.python.ops import control_flow_util
-
     if tf.distribute.has_strategy():
         return "a tf.distribute strategy is active"
-    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
-        tf.compat.v1.get_default_graph()
-    ):
+    if replicas.is_compiled_by_xla():
         return "XLA has no kernel for it: use jit_compile=False"
     dtypes = sorted({keras.backend.standardize_dtype(v.dtype) for v in weights})
     if dtypes not in (["float32"], ["float64"]) or dtypes != [optimizer.compute_dtype]:
@@ -129,8 +127,6 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     Raises:
         tf.errors.OpError: where the variables do not fit each other; nothing is changed then.
     """
-    import tensorflow as tf
-
     dtype = tf.as_dtype(optimizer.compute_dtype)
     gradients = [tf.cast(g, dtype) for g in gradients]
     preconditioned, limits = [], None
@@ -182,15 +178,11 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
 
 
 def _values(variables):
-    import tensorflow as tf
-
     return [tf.convert_to_tensor(v) for v in variables]
 
 
 def _given(optimizer, learning_rate, variables):
     """The op's input of that name: the scalars of this update, with the line search's new state."""
-    import tensorflow as tf
-
     loss = tf.cast(variables.get("loss", 0.0), learning_rate.dtype)
     search = optimizer.line_search
     if search is None:
@@ -212,8 +204,6 @@ def _slots_of_the_op(optimizer, slots):
 
 def _precondition(optimizer, gradients, variables):
     """P g, the preconditioner's new state, the mean of its diagonal, and the limits of norms."""
-    import tensorflow as tf
-
     preconditioner, dtype = optimizer.preconditioner, optimizer.compute_dtype
     state = {
         name: [v if v is None else tf.cast(v, dtype) for v in slot]
@@ -235,8 +225,6 @@ def _precondition(optimizer, gradients, variables):
 
 def _assign_state(variables, state):
     """Keeps a preconditioner's new state, if the update was done."""
-    import tensorflow as tf
-
     applied = variables["counts"][COUNTS.index("last_update_applied")] == 1
     for name, values in state.items():
         for variable, value in zip(variables["slots"][name], values):
@@ -247,8 +235,6 @@ def _assign_state(variables, state):
 
 def _set_real(variables, name, value):
     """Sets a scalar that the op cannot tell, if the update was done."""
-    import tensorflow as tf
-
     reals = tf.convert_to_tensor(variables["reals"])
     applied = variables["counts"][COUNTS.index("last_update_applied")] == 1
     place = REALS.index(name)
@@ -258,8 +244,6 @@ def _set_real(variables, name, value):
 
 def _update_shards(run, optimizer, variables):
     """A sweep a call: between two of them this worker's sums become those over all parts."""
-    import tensorflow as tf
-
     sweeps = ["curvature"] if isinstance(optimizer.preconditioner, DiagonalBFGS) else []
     known = []
     for sweep in [*sweeps, "direction", "step"]:

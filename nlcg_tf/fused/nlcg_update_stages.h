@@ -86,7 +86,7 @@ NLCG_HOST_DEVICE double NormFactor(double square, const T* reals, Stage<T>* stag
 template <typename T>
 NLCG_HOST_DEVICE double ClipFactor(double length, double momentum, const T* reals,
                                    Stage<T>* stage) {
-  if (!Finite(T(length))) return 1;
+  if (!Finite(T(length))) return 0;
   const double mean = reals[kMeanUpdateNorm];
   if (!(mean > 0)) {
     stage->reals[kMeanUpdateNorm] = T(length / (1 - momentum));
@@ -160,7 +160,7 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
   double square = of_d * of_d * sums.values[kDd] + of_q * of_q * sums.values[kQq];
   square -= 2 * of_d * of_q * sums.values[kQd];
   const double factor = NormFactor(sums.values[kGg], reals, stage);
-  const double length = factor * sqrt(square > 0 ? square : 0);
+  const double length = factor * sqrt(square < 0 ? 0 : square);
   const T clip_factor = T(ClipFactor(length, settings.momentum, reals, stage));
   stage->reals[kClipFactor] = clip_factor;
   for (T* x : {&stage->beta, &stage->scale, &stage->gradient_factor}) *x *= clip_factor;
@@ -179,7 +179,8 @@ NLCG_HOST_DEVICE void FinishStep(const Settings& settings, const T* given, const
     return;
   }
   const double norms = sqrt(sums.values[kStepGg]) * sqrt(sums.values[kStepDd]);
-  stage->reals[kCosine] = norms > 0 ? T(-sums.values[kStepGd] / norms) : T(0);
+  const double cosine = -sums.values[kStepGd] / norms;  // sums may overflow
+  stage->reals[kCosine] = norms > 0 && Finite(cosine) ? T(cosine) : T(0);
   for (int i = 0; i < kReals; ++i) reals[i] = stage->reals[i];
   for (int i = 0; i < settings.searched; ++i) reals[kReals + i] = given[kSearched + i];
   counts[kUpdates] += 1;

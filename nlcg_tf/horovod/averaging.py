@@ -7,14 +7,14 @@ import zlib
 import horovod.tensorflow as hvd
 import keras
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
 
-from nlcg_tf import fused
+from nlcg_tf import fused, replicas
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.horovod.collectives import allgather_object, average, name_of, plain
+from nlcg_tf.horovod.collectives import allgather_object, average, name_of
 from nlcg_tf.horovod.factors import share
 from nlcg_tf.loss_scaling import inner_optimizers
 from nlcg_tf.observed_loss import ObservesLoss
+from nlcg_tf.optimizer import plain
 from nlcg_tf.polar import shared_by
 
 # Those that come to `_clip_gradients` once an update, with gradients that nobody has used before.
@@ -42,16 +42,25 @@ class Averaging(CountsUpdates):
     def apply(self, grads, trainable_variables=None):
         self._has_applied = True
         grads = list(grads)
-        self._compare(grads, trainable_variables)
+        given = None if trainable_variables is None else list(trainable_variables)
+        # Before what one worker alone may find wrong.
+        self._compare(grads, self._trainable_variables if given is None else given)
+        grads, given = self._in_order(grads, given)
+        if not grads:
+            return
         self._without_average += 1
         if self._averages_first:
             grads = self._reduce(grads)
         with shared_by(share):
-            super().apply(grads, trainable_variables)
+            super().apply(grads, given)
         # A graph is traced with all that any of its calls may do.
         most = (self.gradient_accumulation_steps or 1) if tf.executing_eagerly() else 1
         if self._without_average >= most:
             raise self._train_apart("`apply`", "`_clip_gradients`")
+
+    def _in_order(self, grads, given):
+        """The gradients and the variables given, or `None`, as the update takes them."""
+        return grads, given
 
     def apply_gradients(self, grads_and_vars, **kwargs):
         self._has_applied = False
@@ -74,7 +83,6 @@ class Averaging(CountsUpdates):
         in each. Elastic workers are not compared: one that joins has a first update of its own.
         """
         _check_context()
-        variables = self._trainable_variables if variables is None else list(variables)
         for variable in variables:
             if getattr(variable, "overwrite_with_gradient", False):
                 raise ValueError(
@@ -207,9 +215,7 @@ def _compare_kinds(first, found, worker, variables):
 
 
 def _check_context():
-    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
-        tf.compat.v1.get_default_graph()
-    ):
+    if replicas.is_compiled_by_xla():
         raise RuntimeError(
             "Horovod's operations cannot be compiled by XLA. Use "
             "`model.compile(..., jit_compile=False)`, or compile the gradients alone."

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from nlcg_tf.horovod.watch import entering
+from nlcg_tf.optimizer import plain
 
 # What Horovod's own operations know.
 NUMBERS = {tf.float16, tf.float32, tf.float64, tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16}
@@ -139,11 +140,6 @@ def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> A
 def shared(variables):
     """The variables that are the same on all workers: all but the shards of sharded optimizers."""
     return [v for v in variables if not hasattr(v, "shard_of")]
-
-
-def plain(variables):
-    """The TensorFlow variables behind a list of Keras or TensorFlow variables."""
-    return [v.value if isinstance(v, keras.Variable) else v for v in variables]
 
 
 def sum_over_workers(values: Sequence[float]) -> list[float]:

@@ -9,9 +9,10 @@ import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
 from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 
-from nlcg_tf.horovod.collectives import broadcast, broadcast_first, gather, plain, shared
+from nlcg_tf.horovod.collectives import broadcast, broadcast_first, gather, shared
 from nlcg_tf.horovod.watch import is_communication_error
 from nlcg_tf.horovod.whole import first_state
+from nlcg_tf.optimizer import plain
 
 
 class ElasticState(ObjectState):

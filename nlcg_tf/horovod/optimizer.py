@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from nlcg_tf.configurable import check_choice
 from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.sharding import AgreeingLossScale, Sharded, why_not
 
@@ -100,16 +101,12 @@ def _check(optimizer, compression, average_with, shard):
             "with Keras 3 and would accumulate and sum gradients a second time. Pass the plain "
             f"optimizer. Received: optimizer={optimizer!r}"
         )
-    if not isinstance(compression, str | None) or compression not in COMPRESSIONS:
-        raise ValueError(
-            f"`compression` must be None, 'fp16' or 'bf16'. Received: compression={compression!r}"
-        )
+    check_choice("compression", compression, COMPRESSIONS)
     if not isinstance(average_with, Sequence):
         raise ValueError(
             f"`average_with` must be a list of variables. Received: average_with={average_with!r}"
         )
-    if not isinstance(shard, bool):
-        raise ValueError(f"`shard` must be True or False. Received: shard={shard!r}")
+    check_choice("shard", shard, [True, False])
     if shard and (reason := why_not(optimizer)):
         raise ValueError(f"`shard=True`: {reason}")
     inner = getattr(optimizer, "inner_optimizer", None)

@@ -17,10 +17,10 @@ from keras import optimizers
 
 from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.averaging import Averaging
-from nlcg_tf.horovod.collectives import average, gather, name_of, plain, reduce_scatter
+from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
 from nlcg_tf.horovod.layout import divide
 from nlcg_tf.horovod.whole import RecordsSlots, take_own_shard, whole_optimizer
-from nlcg_tf.optimizer import NLCG, check_distinct
+from nlcg_tf.optimizer import NLCG, check_distinct, plain
 from nlcg_tf.polar import shared_by
 from nlcg_tf.reductions import Sums
 
@@ -268,12 +268,10 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         for shard, layout in zip(division.weights, division.layouts):
             if variable is shard or variable is shard.value:  # Keras asks with either
                 return layout.decays
-        return super()._use_weight_decay(variable)
+        return super()._use_weight_decay(*plain([variable]))
 
-    def apply(self, grads, trainable_variables=None):
-        grads = list(grads)
-        self._compare(grads, trainable_variables)  # before what one worker alone may find wrong
-        variables = list(trainable_variables or self._trainable_variables)
+    def _in_order(self, grads, given):
+        variables = given or self._trainable_variables
         if self.built:
             self._check_variables_are_known(variables)
             check_distinct(variables)
@@ -292,7 +290,7 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
                     f"`shard=True` needs a gradient of every variable, '{name_of(variable)}' has "
                     "none. Freeze its layer (`trainable = False`) before the optimizer is built"
                 )
-        super().apply(grads, variables or None)
+        return grads, variables or None
 
     @property
     def _averages_first(self):

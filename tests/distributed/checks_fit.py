@@ -125,6 +125,10 @@ def check_unequal_work_is_refused():
         expect(RuntimeError, "drifted apart", apart)
     assert any("SGD is no `DistributedOptimizer`" in str(w.message) for w in caught)
     variables = [keras.Variable([1.0], name=name) for name in ("a", "b")]
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0))
+    optimizer.apply(tf.ones((2, 1)), (v for v in variables))
+    optimizer.apply([])  # as without workers
+    assert [float(v[0]) for v in variables] == [0.0, 0.0]
     gradients = [tf.constant([1.0]), None if hvd.rank() else tf.constant([1.0])]
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
     for plain in (NLCG(0.1), keras.optimizers.SGD(), scaled):

@@ -179,6 +179,7 @@ def test_gradients_that_do_not_fit_are_refused(fused):
         ([tf.ones(2)], [v, other], "1 gradients of 2 variables"),
         ([tf.ones(1)], [v], r"'v' must have the shape \(2,\)"),
         ([tf.ones(())], [v], r"'v' must have the shape \(2,\)"),
+        ([[1.0]], [v], r"'v' must have the shape \(2,\)"),
         ([tf.complex(tf.ones(2), tf.ones(2))], [v], "real numbers"),
         ([tf.ones(2)] * 2, [v, v.value], "given twice"),
     ]

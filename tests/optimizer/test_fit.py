@@ -181,7 +181,7 @@ class Wrapper(keras.optimizers.SGD):
         inner.apply([g / 4 for g in grads], trainable_variables)
 
 
-@pytest.mark.parametrize("wrapper", ["MultiOptimizer", "own"])
+@pytest.mark.parametrize("wrapper", ["map", "function", "own"])
 def test_an_optimizer_inside_of_another_is_told_the_loss(wrapper):
     """In `fit`, where nobody can call `observe_loss`."""
     x, y = regression_data()
@@ -190,12 +190,18 @@ def test_an_optimizer_inside_of_another_is_told_the_loss(wrapper):
     if wrapper == "own":
         outer = Wrapper(inner)
     elif hasattr(keras.optimizers, "MultiOptimizer"):
-        outer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner))
+        # By a function it finds the inner optimizer only when it is built.
+        by_map, by_function = keras.optimizers.OptimizerMap(inner), lambda variable: inner
+        chosen = by_map if wrapper == "map" else by_function
+        outer = keras.optimizers.MultiOptimizer(chosen)
     else:
         pytest.skip("this Keras has no MultiOptimizer")
     fit(model, outer, x, y)
     assert relative_difference(weights_of(model), oracle.w) < 1e-5
     assert inner.diagnostics()["learning_rate_scale"] == pytest.approx(oracle.scale)
+    if wrapper == "function":  # the loss before the build served one update
+        with pytest.raises(ValueError, match="has not seen the loss"):
+            inner.apply([tf.zeros_like(v) for v in model.trainable_variables])
 
 
 def test_of_a_loss_that_is_told_twice_the_second_counts():

@@ -137,6 +137,20 @@ def test_one_huge_gradient_does_not_undo_the_training(preconditioner, fused):
     assert max(lengths[30:]) < 3 * max(lengths[10:30])
 
 
+@pytest.mark.parametrize("factor", [1e18, 1e20, 1e30])
+def test_one_gradient_whose_square_overflows_does_not_undo_the_training(factor, fused, rng):
+    """The squares of 1e20 overflow float32, in the sums or before."""
+    variable, optimizer = keras.Variable(np.ones((4, 3), "float32")), NLCG(0.03, fused=fused)
+    gradient, lengths = rng.normal(size=(4, 3)).astype("float32"), []
+    for t in range(24):
+        before = variable.numpy()
+        optimizer.observe_loss(1.0)
+        optimizer.apply([gradient * (factor if t == 20 else 1)], [variable])
+        lengths.append(np.linalg.norm(variable.numpy() - before))
+    assert max(lengths[20:]) < 3 * max(lengths[10:20])
+    assert np.isfinite(optimizer.diagnostics()["cosine"])
+
+
 def test_same_bits_for_any_number_of_threads(fused):
     """The fixed-order sums promise it; each thread count needs a process of its own."""
     script = """
