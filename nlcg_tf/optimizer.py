@@ -2,6 +2,7 @@
 
 import logging
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,6 +127,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         self.fused = fused
         self._watch_loss(self.line_search is not None or self.update_rule == "blended")
         self._count_without_slots = len(self.variables)
+        self._updated = None  # positions of the variables of the last update
 
     def build(self, var_list: Sequence[Any]) -> None:
         """Creates the slots and scalars.
@@ -245,6 +247,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         grads = [g if hasattr(g, "shape") else ops.convert_to_tensor(g) for g in grads]
         _check_gradients(grads, trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
+        self._warn_of_other_variables(positions)
         weight_decays = [
             self.weight_decay if self.weight_decay and self._use_weight_decay(v) else 0.0
             for v in plain(trainable_variables)
@@ -275,6 +278,16 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             replicas.update_each(update, [*gradients, learning_rate], variables)
         else:
             update([*grads, learning_rate], variables)
+
+    def _warn_of_other_variables(self, positions):
+        before, self._updated = self._updated, frozenset(positions)
+        looks_back = self.update_rule != "momentum" or "previous_gradient" in self.slots
+        if looks_back and before not in (None, self._updated):
+            warnings.warn(
+                "NLCG updates other variables than in its last update. What it knows of the last "
+                "step, as curvature and beta, is of those: use one NLCG for each set of variables",
+                stacklevel=2,
+            )
 
     def _path(self, weights):
         """The module that does this update: `nlcg_tf.fused` or `nlcg_tf.reference`."""

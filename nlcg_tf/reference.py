@@ -145,9 +145,8 @@ class Stages:
     def finish_direction(self):
         """beta and the direction; with the blended rule the length of the step."""
         old, optimizer, gain_ratio = self.old, self.optimizer, self.new["gain_ratio"]
-        z, mean = self._precondition(self.g, self.weights)
-        self.preconditioned = z
-        delta_new = self.sums.dot(self.g, z)
+        self.preconditioned, mean = self._precondition(self.g, self.weights)
+        delta_new = self.sums.dot(self.g, self.preconditioned)
         if self.blends:
             beta = direction.blended(delta_new, old["delta"], gain_ratio, optimizer.momentum)
         elif optimizer.update_rule == "polak_ribiere":
@@ -158,8 +157,8 @@ class Stages:
         beta = ops.where(self.first, ops.zeros_like(beta), beta)
         if optimizer.update_rule == "momentum":
             beta = ops.full_like(delta_new, optimizer.momentum)
-        self.d = [beta * d_i - z_i for z_i, d_i in zip(z, self.d)]
-        self.step = self._look_ahead(z, self.d, beta, gain_ratio)
+        self.d = [beta * d_i - pg_i for pg_i, d_i in zip(self.preconditioned, self.d)]
+        self.step = self._look_ahead(self.preconditioned, self.d, beta, gain_ratio)
         if self.blends:
             self._set_length()
         self.new.update(delta=delta_new, step_size=self.alpha, beta=beta, preconditioner_mean=mean)
@@ -172,8 +171,8 @@ class Stages:
         if not self.optimizer.nesterov:
             return d
         look_ahead = 1 - gain_ratio
-        of_d, of_z = 1 - look_ahead + look_ahead * beta, look_ahead * clip_factor
-        return [of_d * d_i - of_z * z_i for z_i, d_i in zip(preconditioned, d)]
+        of_d, of_pg = 1 - look_ahead + look_ahead * beta, look_ahead * clip_factor
+        return [of_d * d_i - of_pg * pg_i for pg_i, d_i in zip(preconditioned, d)]
 
     def _set_length(self):
         """Gradient-norm normalization and update clipping."""

@@ -126,29 +126,6 @@ REGISTER_KERNEL_BUILDER(
     NlcgPackHandlesOp);
 #endif
 
-// The mutexes of all variables, taken in the order of their addresses.
-class Locks {
- public:
-  explicit Locks(std::vector<Var*> vars) : vars_(std::move(vars)) {
-    std::sort(vars_.begin(), vars_.end(), [](Var* a, Var* b) { return a->mu() < b->mu(); });
-  }
-  bool HasDuplicates() const {
-    return std::adjacent_find(vars_.begin(), vars_.end()) != vars_.end();
-  }
-  void Acquire() {
-    for (Var* var : vars_) var->mu()->lock();
-    held_ = true;
-  }
-  ~Locks() {
-    if (!held_) return;
-    for (auto it = vars_.rbegin(); it != vars_.rend(); ++it) (*it)->mu()->unlock();
-  }
-
- private:
-  std::vector<Var*> vars_;
-  bool held_ = false;
-};
-
 template <typename Device, typename T>
 class NlcgUpdateOp : public OpKernel {
  public:
@@ -207,10 +184,14 @@ class NlcgUpdateOp : public OpKernel {
     Variables found;
     OP_REQUIRES_OK(ctx, LookUpVariables(ctx, &found));
     const std::vector<Var*>& vars = found.all;
-    Locks locks(vars);
-    OP_REQUIRES(ctx, !locks.HasDuplicates(),
+    // Locked in the order of their addresses, so that two updates cannot wait for each other.
+    std::vector<Var*> ordered = vars;
+    std::sort(ordered.begin(), ordered.end());
+    OP_REQUIRES(ctx, std::adjacent_find(ordered.begin(), ordered.end()) == ordered.end(),
                 Invalid("NlcgUpdate: the same variable was given twice"));
-    locks.Acquire();
+    std::vector<mutex_lock> locks;
+    locks.reserve(ordered.size());
+    for (Var* var : ordered) locks.emplace_back(*var->mu());
     OP_REQUIRES_OK(ctx, CheckVariables<T>(ctx, layout_, settings, positions_, vars));
     Adopted adopted = AdoptGradients(ctx);
     OP_REQUIRES_OK(ctx, CopyShared(ctx, vars, adopted));

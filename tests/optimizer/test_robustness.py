@@ -1,6 +1,7 @@
 """Values that are not finite, huge or tiny, and numbers of threads."""
 
 import itertools
+import warnings
 
 import keras
 import numpy as np
@@ -135,6 +136,20 @@ def test_one_huge_gradient_does_not_undo_the_training(preconditioner, fused):
     assert relative_difference(variable.numpy(), oracle.w) < 1e-12
     assert oracle.clipped > 0
     assert max(lengths[30:]) < 3 * max(lengths[10:30])
+
+
+def test_other_variables_than_in_the_last_update_are_warned_of(fused):
+    a, b = (keras.Variable([1.0, 2.0]) for _ in range(2))
+    for rule, warned in (("momentum", False), ("fletcher_reeves", True)):
+        optimizer = NLCG(0.1, rule, None, fused=fused)
+        optimizer.build([a, b])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.apply([tf.ones(2), tf.ones(2)], [b, a])
+            optimizer.apply([tf.ones(2), tf.ones(2)], [a, b])
+            assert not any("other variables" in str(w.message) for w in caught)
+            optimizer.apply([tf.ones(2)], [b])
+        assert any("other variables" in str(w.message) for w in caught) == warned
 
 
 @pytest.mark.parametrize("factor", [1e18, 1e20, 1e30])
