@@ -164,15 +164,10 @@ class NlcgUpdateOp : public OpKernel {
                         c));
     sweep_ = place(sweep, {"all", "curvature", "direction", "step"}) - 1;
     const int before = sweep == "all" ? 0 : sweep_ - nlcg::FirstSweep(settings_);
-    OP_REQUIRES(
-        ctx, before >= 0,
-        Invalid("NlcgUpdate: preconditioner '", preconditioner, "' has no sweep '", sweep, "'"));
-    OP_REQUIRES(ctx, k == before,
-                Invalid("NlcgUpdate: sweep '", sweep, "' needs ", before, " known_sums, got ", k));
-    OP_REQUIRES(
-        ctx, sweep == "all" || (r == 0 && c == 0),
-        Invalid("NlcgUpdate: trust_ratios and curvature_sums are of whole variables, sweep '",
-                sweep, "' of parts"));
+    OP_REQUIRES(ctx, before >= 0 && k == before && (sweep == "all" || (r == 0 && c == 0)),
+                Invalid("NlcgUpdate: sweep '", sweep, "' of preconditioner '", preconditioner,
+                        "' does not go with ", k, " known_sums, ", r, " trust_ratios and ", c,
+                        " curvature_sums"));
     OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n,
                 Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n, " weights"));
     layout_ = Layout(settings_, n, r == 1, c == 1);
