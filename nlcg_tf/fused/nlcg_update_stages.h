@@ -30,7 +30,7 @@ template <typename T>
 struct Previous {
   T size, scale, direction_factor, gradient_factor;
   NLCG_HOST_DEVICE Previous(const Settings& settings, const T* reals)
-      : size(reals[kStepSize]), scale(IsScaled(settings) ? reals[kMean] : T(1)) {
+      : size(reals[kStepSize]), scale(IsScaled(settings) ? reals[kPreconditionerMean] : T(1)) {
     LookAhead(reals[kBeta], scale * reals[kClipFactor], reals[kGainRatio], &direction_factor,
               &gradient_factor);
   }
@@ -57,11 +57,11 @@ NLCG_HOST_DEVICE void MeasureGainRatio(const T* reals, const int64_t* counts, do
   const double difference = loss - reals[kLastLoss] - (slope + previous_slope) / 2;
   double error = fabs(difference) - kRounding * fabs(loss);
   if (error < 0) error = 0;
-  const double size = (fabs(slope) + fabs(previous_slope)) / 2;
-  if (!stage->first && Finite(error) && Finite(size)) {
+  const double change = (fabs(slope) + fabs(previous_slope)) / 2;
+  if (!stage->first && Finite(error) && Finite(change)) {
     const double memory = counts[kUpdates] > 1 ? kMemory : 0;
     stage->reals[kPredictionError] = T(memory * reals[kPredictionError] + (1 - memory) * error);
-    stage->reals[kPredictedChange] = T(memory * reals[kPredictedChange] + (1 - memory) * size);
+    stage->reals[kPredictedChange] = T(memory * reals[kPredictedChange] + (1 - memory) * change);
   }
   stage->reals[kLastLoss] = stage->loss;
   const double prediction_error = stage->reals[kPredictionError];
@@ -73,7 +73,7 @@ template <typename T>
 NLCG_HOST_DEVICE double NormFactor(double square, const T* reals, Stage<T>* stage) {
   if (Finite(T(square))) {
     const double mean = reals[kMeanSquaredNorm];
-    if (mean > 0) square = kLengthMemory * mean + (1 - kLengthMemory) * square;
+    if (mean > 0) square = kNormMemory * mean + (1 - kNormMemory) * square;
     stage->reals[kMeanSquaredNorm] = T(square);
     if (reals[kFirstSquaredNorm] == 0) stage->reals[kFirstSquaredNorm] = T(square);
   }
@@ -84,16 +84,16 @@ NLCG_HOST_DEVICE double NormFactor(double square, const T* reals, Stage<T>* stag
 
 // Update clipping (noise.py).
 template <typename T>
-NLCG_HOST_DEVICE double ClipFactor(double length, double momentum, const T* reals,
+NLCG_HOST_DEVICE double UpdateClip(double norm, double momentum, const T* reals,
                                    Stage<T>* stage) {
-  if (!Finite(T(length))) return 0;
+  if (!Finite(T(norm))) return 0;
   const double mean = reals[kMeanUpdateNorm];
   if (!(mean > 0)) {
-    stage->reals[kMeanUpdateNorm] = T(length / (1 - momentum));
+    stage->reals[kMeanUpdateNorm] = T(norm / (1 - momentum));
     return 1;
   }
-  const double clip_factor = length > kGrowth * mean ? kGrowth * mean / length : 1;
-  stage->reals[kMeanUpdateNorm] = T(kMemory * mean + (1 - kMemory) * clip_factor * length);
+  const double clip_factor = norm > kGrowth * mean ? kGrowth * mean / norm : 1;
+  stage->reals[kMeanUpdateNorm] = T(kMemory * mean + (1 - kMemory) * clip_factor * norm);
   return clip_factor;
 }
 
@@ -131,7 +131,7 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
       MeasureGainRatio(reals, counts, sums.values[kNewSlope], sums.values[kOldSlope], stage);
     }
   }
-  stage->reals[kMean] = T(mean);
+  stage->reals[kPreconditionerMean] = T(mean);
   stage->scale = IsScaled(settings) ? T(mean) : T(1);
   const T delta = T(stage->scale * sums.values[kGq]);
   double top = delta;
@@ -160,8 +160,8 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
   double square = of_d * of_d * sums.values[kDd] + of_q * of_q * sums.values[kQq];
   square -= 2 * of_d * of_q * sums.values[kQd];
   const double factor = NormFactor(sums.values[kGg], reals, stage);
-  const double length = factor * sqrt(square < 0 ? 0 : square);
-  const T clip_factor = T(ClipFactor(length, settings.momentum, reals, stage));
+  const double norm = factor * sqrt(square < 0 ? 0 : square);
+  const T clip_factor = T(UpdateClip(norm, settings.momentum, reals, stage));
   stage->reals[kClipFactor] = clip_factor;
   for (T* x : {&stage->beta, &stage->scale, &stage->gradient_factor}) *x *= clip_factor;
   // Sweep 2 has written h: it is too late to skip the update where the factor overflows.

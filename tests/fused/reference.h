@@ -90,7 +90,7 @@ class Reference {
     first = b->counts[nlcg::kUpdates] == 0;
     bfgs = nlcg::UsesBfgs(s);
     scaled = s.preconditioner == nlcg::kNormalizedBfgs;
-    scale_prev = scaled ? reals[nlcg::kMean] : 1;
+    scale_prev = scaled ? reals[nlcg::kPreconditionerMean] : 1;
     beta_prev = reals[nlcg::kBeta];
     cap_prev = reals[nlcg::kClipFactor];
     ahead_prev = s.nesterov ? 1 - reals[nlcg::kGainRatio] : 0;
@@ -247,7 +247,7 @@ class Reference {
     reals[nlcg::kCurvature] = bfgs ? T(ys) : T(0);
     reals[nlcg::kCosine] = gg > 0 && dd > 0 ? T(-gd / std::sqrt(gg) / std::sqrt(dd)) : T(0);
     reals[nlcg::kGainRatio] = T(gain_ratio);
-    reals[nlcg::kMean] = T(mean);
+    reals[nlcg::kPreconditionerMean] = T(mean);
     reals[nlcg::kClipFactor] = T(cap);
     for (int i = 0; i < s.searched; ++i) reals[nlcg::kReals + i] = given[3 + i];
     b->counts[nlcg::kUpdates] += 1;
