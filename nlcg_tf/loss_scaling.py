@@ -3,19 +3,15 @@
 `fit` tells the loss to the outermost optimizer's `scale_loss` alone: under `mixed_float16` that of
 Keras' `LossScaleOptimizer`, or that of `MultiOptimizer`, or of a wrapper of the user's own. Each
 class's `scale_loss` is therefore replaced by one that does what it always did, and then tells the
-loss to all optimizers inside that have `observe_loss`.
+loss to all optimizers inside that have `observe_loss`. `MultiOptimizer` may find those only when it
+is built, so its `build` tells them too.
 """
 
-import threading
-import weakref
 from collections.abc import Mapping
 
 import keras
 
-# Of this thread: the optimizer whose `scale_loss` came last before it was built, by a weak
-# reference, the loss, and who has taken it. `MultiOptimizer` may find the optimizers inside of it
-# only when it is built.
-_before_build = threading.local()
+MultiOptimizer = getattr(keras.optimizers, "MultiOptimizer", ())  # Keras 3.8 has none
 
 
 def tell_inner_optimizers():
@@ -27,6 +23,8 @@ def tell_inner_optimizers():
         original = vars(cls).get("scale_loss")
         if original is not None and not hasattr(original, "tells_inner_optimizers"):
             cls.scale_loss = _telling(original)
+    if MultiOptimizer and not hasattr(MultiOptimizer.build, "tells_inner_optimizers"):
+        MultiOptimizer.build = _telling_when_built(MultiOptimizer.build)
 
 
 def _telling(original):
@@ -35,26 +33,27 @@ def _telling(original):
         scaled = original(self, loss)
         if not hasattr(self, "observe_loss"):
             # Last: a wrapper may have told them a loss that it had scaled.
-            for optimizer in inner_optimizers(self):
+            for optimizer in (self, *inner_optimizers(self)):
                 if hasattr(optimizer, "observe_loss"):
                     optimizer.observe_loss(loss)
-            if not self.built:
-                vars(_before_build).update(outer=weakref.ref(self), loss=loss, taken=[])
+                elif isinstance(optimizer, MultiOptimizer) and not optimizer.built:
+                    vars(optimizer)["loss_before_build"] = loss
         return scaled
 
     scale_loss.tells_inner_optimizers = True
     return scale_loss
 
 
-def take_loss_before_build(optimizer):
-    """The loss that an outer optimizer was told before it found this one; otherwise `None`."""
-    outer = getattr(_before_build, "outer", lambda: None)()
-    if outer is None or optimizer not in inner_optimizers(outer):
-        return None
-    if optimizer in _before_build.taken:
-        return None
-    _before_build.taken.append(optimizer)
-    return _before_build.loss
+def _telling_when_built(original):
+    def build(self, var_list):
+        original(self, var_list)
+        loss = vars(self).pop("loss_before_build", None)
+        for optimizer in inner_optimizers(self):
+            if loss is not None and hasattr(optimizer, "observe_loss"):
+                optimizer.observe_loss(loss)
+
+    build.tells_inner_optimizers = True
+    return build
 
 
 def inner_optimizers(optimizer):

@@ -13,6 +13,7 @@ from keras import ops
 
 MEMORY = 0.9  # of the two running means of the gain ratio, and of that of the updates' norm
 NORM_MEMORY = 0.99  # of the squared gradient norm
+OUTLIER = 100.0  # the largest squared gradient norm that counts, beside the running mean
 ROUNDING = 1e-6  # relative error of a float32 loss
 GROWTH = 2.0  # the longest update, beside the running mean
 
@@ -58,7 +59,9 @@ def norm_factor(squared_norm, mean, first, gain_ratio):
 
     The length of a gradient without noise tells how far to go. That of a noisy one tells little:
     (||g_first|| / ||g||)^(1 - gain_ratio), with ||g||^2 a running mean, keeps updates as long as at
-    the beginning of the training while gradients shrink, as Adam does for each element.
+    the beginning of the training while gradients shrink, as Adam does for each element. In the mean
+    one huge gradient counts for a hundred times the mean at most, or updates would stay short for a
+    thousand updates.
 
     Args:
         squared_norm: scalar tensor, g^T g of this update.
@@ -69,7 +72,8 @@ def norm_factor(squared_norm, mean, first, gain_ratio):
         `(factor, mean, first)`, scalar tensors.
     """
     known = ops.isfinite(squared_norm)
-    moved = NORM_MEMORY * mean + (1 - NORM_MEMORY) * squared_norm
+    bounded = ops.minimum(squared_norm, OUTLIER * mean)
+    moved = NORM_MEMORY * mean + (1 - NORM_MEMORY) * bounded
     mean = ops.where(known, ops.where(mean > 0, moved, squared_norm), mean)
     first = ops.where(known & (first == 0), squared_norm, first)
     factor = ops.exp((1 - gain_ratio) / 2 * (ops.log(first) - ops.log(mean)))

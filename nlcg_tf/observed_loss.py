@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from nlcg_tf.loss_scaling import take_loss_before_build, tell_inner_optimizers
+from nlcg_tf.loss_scaling import tell_inner_optimizers
 
 if keras.backend.backend() == "tensorflow":
     from nlcg_tf import replicas
@@ -53,7 +53,9 @@ class ObservesLoss(keras.optimizers.Optimizer):
         try:
             loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
         except Exception as error:  # each backend has its own
-            raise ValueError(f"`loss` must be a number. Received: loss={loss!r}") from error
+            raise ValueError(
+                f"`loss` must be a scalar number. Received: loss={loss!r} ({error})"
+            ) from error
         if len(loss.shape) != 0:
             raise ValueError(f"`loss` must be a scalar. Received: shape={tuple(loss.shape)}")
         if keras.backend.backend() == "tensorflow":
@@ -95,8 +97,6 @@ class ObservesLoss(keras.optimizers.Optimizer):
         self.observed_loss.assign(ops.full((), NO_LOSS, self.observed_loss.dtype))
 
     def _check_loss(self):
-        if not self._loss_is_known and (loss := take_loss_before_build(self)) is not None:
-            self.observe_loss(loss)
         known, self._loss_is_known = self._loss_is_known, False
         if not known and self._loss_comes_from_graph:
             # A call of the graph leaves nothing in Python.

@@ -286,7 +286,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             warnings.warn(
                 "NLCG updates other variables than in its last update. What it knows of the last "
                 "step, as curvature and beta, is of those: use one NLCG for each set of variables",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _path(self, weights):
@@ -350,7 +350,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
 def plain(variables):
     """On TensorFlow its variables behind Keras' ones, as Keras' own optimizers take them.
 
-    Their name is the whole path, by which Keras excludes variables from weight decay.
+    Keras excludes variables from weight decay by their names, which contain names of layers.
     """
     if keras.backend.backend() != "tensorflow":
         return list(variables)

@@ -183,8 +183,7 @@ class Stages:
         norm = factor * ops.sqrt(self.sums.dot(self.step, self.step))
         momentum = self.optimizer.momentum
         clip_factor, mean_update_norm = noise.update_clip(norm, old["mean_update_norm"], momentum)
-        self.d = [clip_factor * d_i for d_i in self.d]
-        self.step = [clip_factor * step_i for step_i in self.step]
+        self.d, self.step = _shortened(clip_factor, self.d), _shortened(clip_factor, self.step)
         alpha = self.alpha * factor
         self.alpha = ops.where(ops.isfinite(alpha), alpha, self.alpha)
         new.update(mean_squared_norm=mean_squared_norm, first_squared_norm=first)
@@ -243,6 +242,11 @@ class Stages:
 
 def _unstack(variable):
     return list(ops.unstack(ops.convert_to_tensor(variable), variable.shape[0]))
+
+
+def _shortened(factor, xs):
+    """A factor of 0 makes 0 of infinity too."""
+    return [ops.where(factor > 0, factor * x, ops.zeros_like(x)) for x in xs]
 
 
 def _trust_ratio(optimizer, w, step):

@@ -62,7 +62,7 @@ enum Given { kLearningRate, kScaledRate, kLoss, kSearched };
 
 // The constants of reductions.py, preconditioner.py and noise.py.
 constexpr double kTiny = 1e-30, kResolution = 1e-4;
-constexpr double kMemory = 0.9, kNormMemory = 0.99, kRounding = 1e-6, kGrowth = 2;
+constexpr double kMemory = 0.9, kNormMemory = 0.99, kOutlier = 100, kRounding = 1e-6, kGrowth = 2;
 
 struct Settings {
   int preconditioner;

@@ -73,7 +73,10 @@ template <typename T>
 NLCG_HOST_DEVICE double NormFactor(double square, const T* reals, Stage<T>* stage) {
   if (Finite(T(square))) {
     const double mean = reals[kMeanSquaredNorm];
-    if (mean > 0) square = kNormMemory * mean + (1 - kNormMemory) * square;
+    if (mean > 0) {
+      if (square > kOutlier * mean) square = kOutlier * mean;
+      square = kNormMemory * mean + (1 - kNormMemory) * square;
+    }
     stage->reals[kMeanSquaredNorm] = T(square);
     if (reals[kFirstSquaredNorm] == 0) stage->reals[kFirstSquaredNorm] = T(square);
   }

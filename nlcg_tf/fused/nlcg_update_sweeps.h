@@ -28,7 +28,8 @@ NLCG_HOST_DEVICE V HessianDiagonal(V h, V s, V y, T inv_shs, T inv_ys) {
 // The direction, from the gradient and what it is divided by; and with other factors the look-ahead.
 template <typename V, typename T>
 NLCG_HOST_DEVICE V Direction(V g, V divisor, V d, T scale, T beta) {
-  return beta * d - scale * (g / divisor);
+  // What is clipped to 0 may be infinite.
+  return scale == T(0) ? beta * d : beta * d - scale * (g / divisor);
 }
 
 // The bodies are functors, not lambdas: a lambda would not be compiled for its caller's instructions.

@@ -50,6 +50,10 @@ class Averaging(CountsUpdates):
             return
         self._without_average += 1
         if self._averages_first:
+            if given and not self.built:
+                # It may find the optimizers inside of it only now, whose losses are averaged too.
+                with keras.name_scope(self.name):
+                    self.build(given)
             grads = self._reduce(grads)
         with shared_by(share):
             super().apply(grads, given)

@@ -272,7 +272,7 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
 
     def _in_order(self, grads, given):
         variables = given or self._trainable_variables
-        if self.built:
+        if self.built and grads:
             self._check_variables_are_known(variables)
             check_distinct(variables)
             found = dict(zip(map(self._get_variable_index, variables), grads))

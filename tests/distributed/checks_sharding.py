@@ -78,7 +78,7 @@ def train(model, optimizer, updates=UPDATES, graph=True):
 def distributed(name, shard, arguments):
     optimizer = optimizer_of(name, **arguments)
     if "weight_decay" in arguments:
-        optimizer.exclude_from_weight_decay(var_names=["/bias"])  # of the whole path
+        optimizer.exclude_from_weight_decay(var_names=["/bias"])  # the layer's name is before it
     return hvd.DistributedOptimizer(optimizer, shard=shard)
 
 

@@ -297,16 +297,18 @@ def check_an_optimizer_of_any_class_averages_or_is_refused():
 
 
 def check_the_loss_of_an_optimizer_deep_inside_is_averaged():
-    inner = paper_nlcg(0.1, "blended", "normalized_bfgs")
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         return
-    outer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(inner))
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(outer, 1.0))
-    variable = keras.Variable([1.0, 2.0])
-    for t in range(6):
-        optimizer.scale_loss(tf.constant(1.0 + hvd.rank() + t % 3))
-        optimizer.apply([variable * (1.0 + hvd.rank())], [variable])
-    hvd.check_identical([variable, *(v for v in inner.variables if v is not inner.observed_loss)])
+    for chosen in (keras.optimizers.OptimizerMap, lambda inner: lambda variable: inner):
+        inner = paper_nlcg(0.1, "blended", "normalized_bfgs")
+        outer = keras.optimizers.MultiOptimizer(chosen(inner))
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(outer, 1.0))
+        variable = keras.Variable([1.0, 2.0])
+        for t in range(6):
+            optimizer.scale_loss(tf.constant(1.0 + hvd.rank() + t % 3))
+            optimizer.apply([variable * (1.0 + hvd.rank())], [variable])
+        kept = [v for v in inner.variables if v is not inner.observed_loss]
+        hvd.check_identical([variable, *kept])
 
 
 def check_a_wrapper_ends_with_the_averages_of_the_weights():

@@ -160,7 +160,9 @@ class Reference {
     }
     reals[nlcg::kLastLoss] = T(loss);
     if (first) reals[nlcg::kMeanSquaredNorm] = reals[nlcg::kFirstSquaredNorm] = T(gg);
-    if (!first) reals[nlcg::kMeanSquaredNorm] = T(0.99 * reals[nlcg::kMeanSquaredNorm] + 0.01 * gg);
+    if (!first) reals[nlcg::kMeanSquaredNorm] = T(
+          0.99 * reals[nlcg::kMeanSquaredNorm] +
+          0.01 * std::fmin(gg, 100 * reals[nlcg::kMeanSquaredNorm]));
     if (gg > 0) {
       factor = std::pow(reals[nlcg::kFirstSquaredNorm] / reals[nlcg::kMeanSquaredNorm],
                         (1 - gain_ratio) / 2);

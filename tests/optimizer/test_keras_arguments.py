@@ -73,7 +73,7 @@ def test_clipping_and_static_loss_scaling(arguments, transform, steps):
 def test_weight_decay_leaves_out_what_is_excluded():
     x, y = regression_data()
     model, optimizer = regression_model(), paper_nlcg(0.05, weight_decay=0.1)
-    optimizer.exclude_from_weight_decay(var_names=["/bias"])  # Keras looks at the whole path
+    optimizer.exclude_from_weight_decay(var_names=["/bias"])  # the layer's name is before it
     decayed = np.concatenate(
         [np.full(v.numpy().size, "kernel" in v.path) for v in model.trainable_variables]
     )

@@ -106,7 +106,8 @@ class Oracle:
             self.predicted_change = old * self.predicted_change + (1 - old) * predicted_change
             left = self.prediction_error / self.predicted_change if self.predicted_change else 1.0
             self.gain_ratio = min(max(1 - left, 0.0), 1.0)
-            self.mean_squared_norm = 0.99 * self.mean_squared_norm + 0.01 * (g @ g)
+            bounded = min(g @ g, 100 * self.mean_squared_norm)
+            self.mean_squared_norm = 0.99 * self.mean_squared_norm + 0.01 * bounded
         else:
             self.mean_squared_norm = self.first_squared_norm = float(g @ g)
         self.last_loss = loss
