@@ -70,6 +70,9 @@ if ! flock -n 9; then
   end_if_done
 fi
 
+# `venv --clear` would empty the folder behind a link, and then not use it.
+[ ! -L "$venv" ] || fail ".venv is a link to $(readlink "$venv"), which would be emptied: remove the link"
+
 # What cannot be installed without root must be there.
 command -v "$PYTHON" > /dev/null || fail "$PYTHON not found: install Python 3.10 to 3.13 (apt install python3 python3-venv)"
 "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
