@@ -172,7 +172,7 @@ class Stages:
             return d
         look_ahead = 1 - gain_ratio
         of_d, of_pg = 1 - look_ahead + look_ahead * beta, look_ahead * clip_factor
-        return [of_d * d_i - of_pg * pg_i for pg_i, d_i in zip(preconditioned, d)]
+        return [of_d * d_i - x for x, d_i in zip(_shortened(of_pg, preconditioned), d)]
 
     def _set_length(self):
         """Gradient-norm normalization and update clipping."""

@@ -80,15 +80,17 @@ command -v cmake > /dev/null || fail "cmake not found: apt install cmake"
 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 [ "$free" -ge 5 ] || fail "$free GiB free here, 5 GiB needed for TensorFlow and the Horovod build"
 
-if ! venv_is_whole || ! python -m pip --version > /dev/null 2>&1; then
-  # `venv --clear` would empty the folder behind a link, and then not use it.
-  [ ! -L "$venv" ] || fail ".venv is a link to $(readlink "$venv"), made for another place: remove the link"
+venv_is_ready() { venv_is_whole && python -m pip --version > /dev/null 2>&1; }
+# `venv --clear` would empty the folder behind a link, and then not use it.
+[ ! -L "$venv" ] || venv_is_ready \
+  || fail ".venv is a link to $(readlink "$venv"), made for another place: remove the link"
+rm -f "$stamp"
+if ! venv_is_ready; then
   say "making .venv with $("$PYTHON" --version)"
   "$PYTHON" -m venv --clear "$venv"
   hash -r
   detect
 fi
-rm -f "$stamp"
 say "installing TensorFlow, nlcg_tf and what the trainers and tests need"
 # Horovod's build still imports pkg_resources, which setuptools dropped in version 81.
 python -m pip install -qq --upgrade pip 'setuptools<81' wheel packaging ninja

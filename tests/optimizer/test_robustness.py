@@ -178,6 +178,10 @@ def test_what_is_clipped_to_zero_may_be_infinite(fused):
     optimizer.apply([tf.constant([1e37, 1.0])], [variable])
     np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
     np.testing.assert_array_equal(optimizer.slots["direction"][0].numpy(), [0.0, 0.0])
+    for _ in range(2):  # the last step is made again from P g, which was infinite
+        optimizer.observe_loss(1.0)
+        optimizer.apply([tf.ones(2)], [variable])
+        assert np.isfinite([*optimizer.diagnostics().values(), *variable.numpy()]).all()
 
 
 def test_same_bits_for_any_number_of_threads(fused):
