@@ -75,7 +75,13 @@ flags.DEFINE_float(
     "The schedule's peak rate as a number, in place of the paper's, which grows with the batch.",
     lower_bound=1e-12,
 )
-flags.DEFINE_integer(decides("global_batch_size"), 128, "Images in one update.", lower_bound=1)
+flags.DEFINE_integer(
+    decides("global_batch_size"),
+    128,
+    "Images in one update.",
+    lower_bound=1,
+    upper_bound=2**24,  # the images of an epoch are counted in 32 bits
+)
 flags.DEFINE_integer(
     free("per_worker_batch_size"),
     None,

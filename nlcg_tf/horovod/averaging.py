@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from nlcg_tf import fused, replicas
 from nlcg_tf.accumulation import CountsUpdates
-from nlcg_tf.horovod.collectives import allgather_object, average, name_of
+from nlcg_tf.horovod.collectives import allgather_object, average, check_alike, kind_of, name_of
 from nlcg_tf.horovod.factors import share
 from nlcg_tf.loss_scaling import inner_optimizers
 from nlcg_tf.observed_loss import ObservesLoss
@@ -106,10 +106,10 @@ class Averaging(CountsUpdates):
         with tf.init_scope():
             if not self._are_compared:
                 own[0].update(self._settings())
-            first, *others = allgather_object(own)
-        for worker, found in enumerate(others, 1):
-            _compare_settings(first[0], found[0], worker)
-            _compare_kinds(first[1], found[1], worker, variables)
+            settings, kinds = zip(*allgather_object(own))
+        for worker, found in enumerate(settings):
+            _compare_settings(settings[0], found, worker)
+        check_alike(kinds, variables, "a gradient")
         self._are_compared = True
 
     def _observed(self):
@@ -189,9 +189,7 @@ def _kind(gradient):
     """What of a gradient must be the same on all workers, as a text; `None` without a gradient."""
     if gradient is None:
         return None
-    if not hasattr(gradient, "dtype"):
-        gradient = tf.convert_to_tensor(gradient)
-    return f"{tf.as_dtype(gradient.dtype).name} {gradient.shape}"
+    return kind_of(gradient if hasattr(gradient, "dtype") else tf.convert_to_tensor(gradient))
 
 
 def _compare_settings(first, found, worker):
@@ -201,21 +199,6 @@ def _compare_settings(first, found, worker):
                 f"The workers' optimizers differ in `{name}`: {first[name]} on worker 0, "
                 f"{found[name]} on worker {worker}. Give all the same."
             )
-
-
-def _compare_kinds(first, found, worker, variables):
-    odd = [i for i, (one, other) in enumerate(zip(first, found)) if one != other]
-    if len(first) != len(found):
-        odd.append(min(len(first), len(found)))
-    if not odd:
-        return
-    kinds = [kinds[odd[0]] if odd[0] < len(kinds) else None for kinds in (first, found)]
-    words = ["none" if kind is None else f"a gradient of {kind}" for kind in kinds]
-    name = name_of(variables[odd[0]]) if odd[0] < len(variables) else odd[0]
-    raise ValueError(
-        f"Variable '{name}' has {words[0]} on worker 0 and {words[1]} on worker {worker} "
-        f"({len(odd)} such variables): they would wait for each other for ever."
-    )
 
 
 def _check_context():

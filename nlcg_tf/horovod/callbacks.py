@@ -5,6 +5,7 @@ import warnings
 import horovod.tensorflow as hvd
 import keras
 
+from nlcg_tf.configurable import check_number
 from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import (
     average_moving_statistics,
@@ -14,7 +15,7 @@ from nlcg_tf.horovod.collectives import (
     sum_metrics,
 )
 from nlcg_tf.horovod.sharding import AgreeingLossScale
-from nlcg_tf.horovod.watch import A_STEP, Watch, entering, warning_after
+from nlcg_tf.horovod.watch import A_STEP, LIMITS, Watch, entering, warning_after
 from nlcg_tf.loss_scaling import inner_optimizers
 
 
@@ -24,8 +25,9 @@ class BroadcastVariables(keras.callbacks.Callback):
     Compares the weights of all workers after the first update.
 
     Raises:
-        ValueError: when training begins, if the model is not built yet; on all workers, if a
-            sharded optimizer's saved state was not loaded on all of them.
+        ValueError: when training begins, if the model is not built yet; on all workers, if their
+            optimizers or the shapes of their variables differ, or if a sharded optimizer's saved
+            state was not loaded on all of them.
         RuntimeError: on all workers after the first update, if a weight differs.
     """
 
@@ -50,7 +52,9 @@ class BroadcastVariables(keras.callbacks.Callback):
         if not optimizer.built:
             optimizer.build(self.model.trainable_variables)
         variables = [*self.model.variables, *optimizer.variables]
-        if len(shared(variables)) < len(variables):
+        is_sharded = len(shared(variables)) < len(variables)
+        _compare({"optimizer": type(optimizer).__name__, "`shard`": is_sharded})
+        if is_sharded:
             self._check_shards(optimizer)
         broadcast(variables, self.root_rank)
         self._start = int(keras.ops.convert_to_numpy(optimizer.iterations))
@@ -85,13 +89,15 @@ class WatchWorkers(keras.callbacks.Callback):
             Choose less than 30, because Gloo ends the training after 30 seconds of silence.
 
     Raises:
-        ValueError: on all workers. When training begins: if the workers differ in the number of
-            epochs, the first epoch, `gradient_accumulation_steps`, `steps_per_execution` or the
-            steps of an epoch (if `fit` knows them). Later: if one worker stops and others continue.
+        ValueError: for seconds outside 0.1 to 1e6. On all workers when training begins, if they
+            differ in the number of epochs, the first epoch, `gradient_accumulation_steps`,
+            `steps_per_execution` or the steps of an epoch (if `fit` knows them). On all workers
+            later, if one worker stops and others continue.
     """
 
     def __init__(self, seconds: float = 20.0) -> None:
         super().__init__()
+        check_number("seconds", seconds, *LIMITS)
         self.seconds, self._watch = seconds, None
 
     def on_train_begin(self, logs=None):

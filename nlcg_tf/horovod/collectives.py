@@ -112,10 +112,14 @@ def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
     Args:
         variables: list of Keras or TensorFlow variables, equal in number, order and shapes. A
             sharded optimizer's slots, of which each worker has its own shard, stay as they are.
+
+    Raises:
+        ValueError: on all workers, naming the first variable that differs in shape or type.
     """
-    variables = plain(shared(variables))
+    variables = shared(variables)
+    check_alike(allgather_object([kind_of(v) for v in variables]), variables, "a value")
     with entering("in a broadcast"):
-        for i, v in enumerate(variables):
+        for i, v in enumerate(plain(variables)):
             # Not by the variables' names, which Keras counts up in each process for itself.
             name = f"Horovod_broadcast_{i}"
             if v.dtype in NUMBERS or v.dtype in WORDS:
@@ -223,6 +227,35 @@ def check_identical(variables: Sequence[Any]) -> None:
             f"{workers} differs from that on worker 0 ({int(differs.sum())} of {len(variables)} "
             "variables differ). Broadcast all variables first, average every gradient, and give "
             "all workers the same learning rates."
+        )
+
+
+def kind_of(tensor):
+    """What must be the same on all workers, as a text."""
+    return f"{tf.as_dtype(tensor.dtype).name} {tensor.shape}"
+
+
+def check_alike(kinds, variables, what):
+    """Refuses variables for which workers would wait for each other for ever.
+
+    Args:
+        kinds: of each worker a list of texts, one for each variable; `None`: it has none.
+        variables: this worker's list of variables.
+        what: string, what the kinds are of.
+
+    Raises:
+        ValueError: on all workers, naming the first variable that differs.
+    """
+    for worker, found in enumerate(kinds):
+        pairs = list(itertools.zip_longest(kinds[0], found))
+        odd = [i for i, (one, other) in enumerate(pairs) if one != other]
+        if not odd:
+            continue
+        words = ["none" if kind is None else f"{what} of {kind}" for kind in pairs[odd[0]]]
+        name = name_of(variables[odd[0]]) if odd[0] < len(variables) else odd[0]
+        raise ValueError(
+            f"Variable '{name}' has {words[0]} on worker 0 and {words[1]} on worker {worker} "
+            f"({len(odd)} such variables): they would wait for each other for ever."
         )
 
 

@@ -73,6 +73,10 @@ def DistributedOptimizer(
     return optimizer
 
 
+def _is_scalar_variable(x):
+    return hasattr(x, "assign") and tuple(x.shape) == () and "float" in tf.as_dtype(x.dtype).name
+
+
 def _exchange_class(optimizer, base):
     cls = type(optimizer)
     # Keras writes `optimizer.__class__` into a saved model: there it must find the plain class.
@@ -102,9 +106,10 @@ def _check(optimizer, compression, average_with, shard):
             f"optimizer. Received: optimizer={optimizer!r}"
         )
     check_choice("compression", compression, COMPRESSIONS)
-    if not isinstance(average_with, Sequence):
+    if not isinstance(average_with, Sequence) or not all(map(_is_scalar_variable, average_with)):
         raise ValueError(
-            f"`average_with` must be a list of variables. Received: average_with={average_with!r}"
+            "`average_with` must be a list of scalar variables of floating-point numbers. "
+            f"Received: average_with={average_with!r}"
         )
     check_choice("shard", shard, [True, False])
     if shard and (reason := why_not(optimizer)):

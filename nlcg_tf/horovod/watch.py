@@ -12,10 +12,14 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 from horovod.common.exceptions import HorovodInternalError
 
+from nlcg_tf.configurable import check_number
+
 # Key of the job, rank or `END`, steps, and moves; behind it the place, or why all are to end.
 MESSAGE = struct.Struct("!16sqqq")
 END = -1
 A_STEP = "in a training step"
+# Of the seconds without progress: other threads may need the interpreter for some hundredths.
+LIMITS = 0.1, 1e6
 # Where this worker is in its callbacks and operations, from the outermost to the innermost.
 _places: list[str] = []
 _moves = 0
@@ -78,9 +82,13 @@ class Watch:
 
     Args:
         seconds: float, how long without a step before workers are named.
+
+    Raises:
+        ValueError: for seconds outside 0.1 to 1e6.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
+        check_number("seconds", seconds, *LIMITS)
         self.seconds = seconds
         self.beat = seconds / 6
         self.ticks = 0

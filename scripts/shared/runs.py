@@ -31,6 +31,9 @@ SETTINGS = list(AXES)
 FIGURES = ["top1", "top5", "averaged_top1", "averaged_top5", "train_top1", "loss", "test_loss"]
 FIGURES += ["updates", "seconds", "images_per_second", "workers", "peak_memory_bytes"]
 POINT = ["optimizer", "global_batch_size", "epochs"]
+# The columns of a table of runs.
+TEXTS = ["run", "optimizer", "status", "optimizer_flag", "git_revision", "folder"]
+NUMBERS = [*SETTINGS, *FIGURES, "exit_status"]
 # What does not tell two kinds of run apart, besides the flags that are free.
 NO_VARIANT = {*SETTINGS, "optimizer", "flagfile", *DESCRIBED}
 
@@ -80,12 +83,21 @@ def read_runs(places):
 
 def _read_csv(file):
     try:
-        runs = pd.read_csv(file)
+        runs = pd.read_csv(file, dtype=dict.fromkeys(TEXTS, str))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     runs = runs if "peak_learning_rate" in runs else runs.assign(peak_learning_rate=math.nan)
-    if missing := {"run", "status", *POINT, *SETTINGS, *FIGURES} - set(runs):
+    if missing := {*TEXTS, *NUMBERS} - set(runs):
         raise ValueError(f"{file} is not of runs: it has no column {', '.join(sorted(missing))}")
+    if unknown := set(runs["status"]) - set(STATUSES):
+        raise ValueError(
+            f"{file}: status must be one of {', '.join(STATUSES)}. Received: {unknown.pop()}"
+        )
+    for column in NUMBERS:
+        numbers = pd.to_numeric(runs[column], errors="coerce")
+        if len(texts := runs[column][numbers.isna()].dropna()):
+            raise ValueError(f"{file}: {column} must be a number. Received: {texts.iloc[0]}")
+        runs[column] = numbers
     return runs
 
 

@@ -13,6 +13,7 @@ from trainers.flags import FREE
 from trainers.optimizers.choice import OPTIMIZERS, flags_of
 
 KEYS = ("trainer", "launcher", "flags", "optimizers", "grid")
+RUN = {"trainer", "launcher", "flags", "optimizer"}
 RESERVED = ("output_dir", "dry_run")
 
 
@@ -31,7 +32,7 @@ def from_line(optimizers, batch_sizes, epochs, seeds, vary):
         if not sign or name in block:
             raise ValueError(f"--vary must be FLAG=VALUE,VALUE with a new flag. Received: {word}")
         try:
-            block[name] = [yaml.safe_load(value) for value in values.split(",")]
+            block[name] = [yaml.load(value, _StrictLoader) for value in values.split(",")]
         except yaml.YAMLError:
             raise ValueError(f"--vary must be FLAG=VALUE,VALUE. Received: {word}") from None
     chosen = {OPTIMIZERS[name].title: flags_of(name) for name in optimizers}
@@ -43,9 +44,9 @@ def from_line(optimizers, batch_sizes, epochs, seeds, vary):
 def from_file(path):
     """The definition in a YAML file, in which no key may stand twice."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             return yaml.load(file, _StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config={path}: {error}") from None
 
 
@@ -134,9 +135,25 @@ def _chosen(where, value):
 
 
 def load(folder):
-    """The runs that a sweep's folder knows, `{}` for a new one."""
+    """The runs that a sweep's folder knows, `{}` for a new one.
+
+    Raises:
+        ValueError: if its file is damaged.
+    """
     file = folder / SWEEP_FILE
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        runs = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        runs = None
+    if not isinstance(runs, dict) or not all(map(_is_run, runs.values())):
+        raise ValueError(f"{file} is damaged: restore it, or choose another --folder")
+    return runs
+
+
+def _is_run(run):
+    return isinstance(run, dict) and set(run) >= RUN and isinstance(run["flags"], dict)
 
 
 def save(folder, runs):
@@ -227,3 +244,9 @@ class _StrictLoader(yaml.SafeLoader):
                     None, None, f"{key!r} stands twice", node.start_mark
                 )
         return node
+
+
+# YAML 1.1 reads 1e-4 as text.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

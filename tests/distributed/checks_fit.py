@@ -119,7 +119,20 @@ def check_unequal_work_is_refused():
     expect(ValueError, r"steps in an epoch \(worker 0: 3, worker 1: 2\)", fit)
     one = {"initial_epoch": hvd.rank(), "epochs": 2, "callbacks": callbacks, "verbose": 0}
     expect(ValueError, r"next epoch \(worker 0: 0, worker 1: 1\)", model.fit, x[:8], y[:8], **one)
-    model.compile(optimizer=keras.optimizers.SGD(), loss="mse")
+    fit = lambda: model.fit(x[:8], y[:8], callbacks=callbacks[1:], verbose=0)  # noqa: E731
+    sgd = keras.optimizers.SGD
+    distributed = hvd.DistributedOptimizer(NLCG(0.1) if hvd.rank() else sgd())
+    model.compile(optimizer=distributed, loss="mse", jit_compile=False)
+    expect(ValueError, "optimizer .worker 0: DistributedSGD, worker 1: DistributedNLCG", fit)
+    distributed = hvd.DistributedOptimizer(NLCG(0.1), shard=hvd.rank() == 1)
+    model.compile(optimizer=distributed, loss="mse", jit_compile=False)
+    expect(ValueError, "`shard` .worker 0: False, worker 1: True", fit)
+    other = [keras.Variable(tf.ones(2 + hvd.rank()), name="a"), keras.Variable(1.0, name="b")]
+    unequal = r"'a' has a value of float32 \(2,\) on worker 0 and .* \(3,\) on worker 1 \(1 such"
+    expect(ValueError, unequal, hvd.broadcast, other)
+    fewer = [other[1]] * (2 - hvd.rank())
+    expect(ValueError, "has a value of .* worker 0 and none on worker 1", hvd.broadcast, fewer)
+    model.compile(optimizer=sgd(), loss="mse")
     with warnings.catch_warnings(record=True) as caught:
         apart = lambda: model.fit(x[:8], y[:8], callbacks=callbacks, verbose=0)  # noqa: E731
         expect(RuntimeError, "drifted apart", apart)

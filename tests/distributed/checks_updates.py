@@ -228,6 +228,12 @@ def check_what_is_refused():
     expect(ValueError, "distributed already", hvd.DistributedOptimizer, distributed)
     expect(ValueError, "Keras 3 optimizer.*'adam'", hvd.DistributedOptimizer, "adam")
     expect(ValueError, "compression='zip'", hvd.DistributedOptimizer, NLCG(0.1), "zip")
+    for wrong in ("loss", [1.0], [tf.Variable(1)], [tf.Variable([1.0, 2.0])]):
+        averaged = {"average_with": wrong}
+        expect(ValueError, "`average_with` must", hvd.DistributedOptimizer, NLCG(0.1), **averaged)
+    for wrong in (0, -1, "5", float("nan"), None):
+        expect(ValueError, "`seconds` must be a number.*seconds=", hvd.Watch, wrong)
+        expect(ValueError, "`seconds` must be a number.*seconds=", hvd.WatchWorkers, wrong)
     import horovod.tensorflow.keras
 
     wrapped = horovod.tensorflow.keras.DistributedOptimizer(keras.optimizers.SGD(0.1))

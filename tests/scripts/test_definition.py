@@ -112,6 +112,15 @@ def test_bad_words_and_files_are_errors(tmp_path):
     file.write_text("optimizers:\n  A: {optimizer: nlcg}\n  A: {optimizer: sgd}\n")
     with pytest.raises(ValueError, match="'A' stands twice"):
         definitions.from_file(file)
+    file.write_bytes(b"optimizers: {\xe9: nlcg}")
+    with pytest.raises(ValueError, match=f"--config={file}: 'utf-8' codec"):
+        definitions.from_file(file)
+    with pytest.raises(ValueError, match=r"two runs are named NLCG-p0\.0001"):
+        names(definitions.from_line(["nlcg"], None, None, None, ["peak_learning_rate=1e-4,1.0e-4"]))
+    for text in ("", "[1]", '{"a": 1}', '{"a": {"flags": {}}}'):
+        (tmp_path / "sweep.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{tmp_path}/sweep.json is damaged"):
+            definitions.load(tmp_path)
     command = [sys.executable, "-m", "scripts.sweep", f"--folder={tmp_path / 'a'}"]
     done = run([*command, write(tmp_path, {**DEFINITION, "grid": []})])
     assert (done.returncode, done.stderr) == (2, "error: grid must not be empty. Received: []\n")

@@ -82,6 +82,10 @@ def test_tables_of_hand_made_runs(run_folders):
     (run_folders / "other.csv").write_text("run,seed\n")
     with pytest.raises(ValueError, match=r"other.csv is not of runs: it has no column averaged"):
         run_reader.read_runs([run_folders, run_folders / "other.csv"])
+    for column, wrong in {"status": "done", "top1": "high", "global_batch_size": "128x"}.items():
+        run_reader.write_csv(runs.assign(**{column: wrong}), run_folders / "other.csv")
+        with pytest.raises(ValueError, match=rf"other.csv: {column} must be .*Received: {wrong}$"):
+            run_reader.read_runs([run_folders / "other.csv"])
 
 
 def test_what_two_sweeps_share_counts_once(tmp_path):

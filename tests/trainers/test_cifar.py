@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,5 +142,11 @@ def test_the_same_command_goes_on(tmp_path):
     assert json.loads((folder / "summary.json").read_text()) == summary  # its times too
     described = json.loads((folder / "flags.json").read_text())
     assert described["flags"]["epochs"] == 8 and described["versions"]["tensorflow"]
+    assert run([*command, "--log_steps=2"]).returncode == 0
+    assert json.loads((folder / "flags.json").read_text()) == described  # of what made the results
     for name in ("curves.png", "checkpoints", "tensorboard"):
         assert os.path.getsize(folder / name) > 0
+    shutil.rmtree(folder / "checkpoints")
+    anew = run(command)
+    assert anew.returncode == 2 and "has the results of a run that has ended" in anew.stderr
+    assert len(records(folder, "epoch")) == 8

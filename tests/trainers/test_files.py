@@ -67,6 +67,17 @@ def test_a_full_disk_is_named():
             file.flush()
 
 
+def test_a_disk_that_is_full_while_a_run_logs_is_named(tmp_path):
+    run = RunFolder(tmp_path, epochs=1)
+    run.lock()
+    run.start({}, [], updates=0, epochs=0)
+    run._metrics = open("/dev/full", "w")
+    for fails in (lambda: run.append({"loss": 1.0}), run.close):
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/metrics.jsonl'"):
+            fails()
+    files.lock(tmp_path / ".lock").close()  # is free
+
+
 def test_addresses_are_no_paths():
     assert files.path_of("~/runs") == files.pathlib.Path.home() / "runs"
     assert str(files.path_of("a:b//c")) == "a:b/c"

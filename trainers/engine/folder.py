@@ -55,7 +55,18 @@ class RunFolder:
             flags: dict of the trainer's flags, and of `DESCRIBED`.
             free: list of the names of those that do not decide the result.
             updates, epochs: ints.
+
+        Raises:
+            ValueError: if the run has ended and would begin anew, over its results.
         """
+        has_summary = (self.path / SUMMARY).exists()
+        if has_summary and updates == 0:
+            raise ValueError(
+                f"--output_dir={self.path} has the results of a run that has ended, and no "
+                "checkpoint of it. Choose another one, or remove this one to start anew"
+            )
+        # Of a run that is started again after its end all stays.
+        self._had_ended = has_summary and epochs == self.epochs
         # A resumed run writes again what came after its checkpoint.
         self.records = [
             r
@@ -63,11 +74,10 @@ class RunFolder:
             if (r["epoch"] <= epochs if r["type"] == "epoch" else r["update"] <= updates)
         ]
         write(self.path / METRICS, "".join(_line(record) for record in self.records))
-        description = {"flags": flags, "free": free}
-        description.update(versions=versions(), git_revision=git_revision())
-        write(self.path / FLAGS, json.dumps(description, indent=2) + "\n")
-        # Of a run that is started again after its end the summary stays.
-        self._had_ended = epochs == self.epochs and (self.path / SUMMARY).exists()
+        if not self._had_ended:
+            description = {"flags": flags, "free": free}
+            description.update(versions=versions(), git_revision=git_revision())
+            write(self.path / FLAGS, json.dumps(description, indent=2) + "\n")
         self._metrics = (self.path / METRICS).open("a")
 
     def append(self, record):
@@ -81,9 +91,13 @@ class RunFolder:
             write(self.path / SUMMARY, json.dumps(_finite(summary), indent=2) + "\n")
 
     def close(self):
-        for file in (self._metrics, self._lock):
-            if file is not None:
-                file.close()
+        try:
+            if self._metrics is not None:
+                with naming(self.path / METRICS):
+                    self._metrics.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
 
 def read_json(path):
