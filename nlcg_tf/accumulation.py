@@ -22,7 +22,7 @@ class CountsUpdates:
         return self._iterations % (self.gradient_accumulation_steps or 1)
 
     def _update_flags(self):
-        """(whether this micro-step changed the weights, whether it was the first that did)."""
+        """(whether this micro-step changed the weights, whether no earlier one did)."""
         steps = self.gradient_accumulation_steps or 1
         return self._micro_step() == steps - 1, self.iterations == 0
 
@@ -33,12 +33,12 @@ class CountsUpdates:
         for variable, average in zip(trainable_variables, self._model_variables_moving_average):
             if average is None:
                 continue
-            momentum = ops.where(is_first, 0.0, self.ema_momentum)
-            momentum = ops.cast(momentum, variable.dtype)
+            momentum = ops.cast(self.ema_momentum, variable.dtype)
             # Inside `fit` on JAX a Variable has no value but the one that this looks up.
             old, new = ops.convert_to_tensor(average), ops.convert_to_tensor(variable)
-            new = momentum * old + (1 - momentum) * new
-            average.assign(ops.where(is_update, new, old))
+            moved = ops.where(is_update, momentum * old + (1 - momentum) * new, old)
+            # Until the first update the average is that of the weights as they are.
+            average.assign(ops.where(is_first, new, moved))
 
     def _backend_apply_gradients(self, grads, trainable_variables):
         if keras.backend.backend() != "jax" or not self.ema_overwrite_frequency:
@@ -59,6 +59,8 @@ class CountsUpdates:
 
     def finalize_variable_values(self, var_list):
         if self.use_ema:
-            super()._overwrite_model_variables_with_average_value(var_list)
+            # Loss scaling may have skipped all updates, and left the average at zero.
+            if self.built and int(ops.convert_to_numpy(self._iterations)) > 0:
+                super()._overwrite_model_variables_with_average_value(var_list)
         elif self.built:
             super().finalize_variable_values(var_list)  # a wrapper hands it on

@@ -47,7 +47,9 @@ def check_choice(name, value, choices):
 def check_number(name, value, least, most):
     """Raises a ValueError for what is no number between two."""
     valid = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not valid or not least <= float(value) <= most:  # float16 knows no 1e-37
+    # float16 knows no 1e-37, and float no 10^400.
+    number = float(value) if valid and not isinstance(value, int) else value
+    if not valid or not least <= number <= most:
         raise ValueError(
             f"`{name}` must be a number between {least} and {most}. Received: {name}={value!r}"
         )
@@ -70,7 +72,12 @@ def resolve(argument, identifier, classes, base):
     if isinstance(identifier, str) and identifier in classes:
         return classes[identifier]()
     if isinstance(identifier, dict) and "class_name" in identifier:
-        identifier = keras.saving.deserialize_keras_object(identifier)
+        try:
+            identifier = keras.saving.deserialize_keras_object(identifier)
+        except TypeError as error:
+            raise ValueError(
+                f"`{argument}` cannot be made. Received: {argument}={identifier!r} ({error})"
+            ) from error
     if isinstance(base, type):
         fits, wanted = isinstance(identifier, base), f"a {base.__name__}"
     else:

@@ -55,9 +55,10 @@ class OnlineLineSearch(Configurable):
 
     def __post_init__(self):
         self._check("decrease_threshold", is_number, "be a number")
+        self._check("increase_threshold", is_number, "be a number")
         self._check(
             "increase_threshold",
-            lambda x: is_number(x) and x <= self.decrease_threshold,
+            lambda x: x <= self.decrease_threshold,
             f"not exceed decrease_threshold={self.decrease_threshold!r}",
         )
         self._check("decrease_factor", is_fraction, "lie in (0, 1]")
@@ -122,7 +123,11 @@ class StepLineSearch(Configurable):
             lambda xs: all(map(is_number, xs)) and list(xs) == sorted(xs, reverse=True),
             "be numbers that fall",
         )
-        self._check("factors", lambda xs: len(xs) == len(self.limits), "have one entry for a limit")
+        self._check(
+            "factors",
+            lambda xs: len(xs) == len(self.limits),
+            f"have one entry for each of limits={self.limits!r}",
+        )
         self._check("factors", lambda xs: all(map(is_fraction, xs)), "lie in (0, 1]")
         self._check("increase_factor", lambda x: is_number(x) and x >= 1, "be at least 1")
         self._check("minimum_scale", is_fraction, "lie in (0, 1]")

@@ -51,6 +51,8 @@ class ObservesLoss(keras.optimizers.Optimizer):
         if not self._uses_loss:
             return
         try:
+            # A Python number may be too large for its type: it is infinite then.
+            loss = np.float64(loss) if isinstance(loss, (int, float)) else loss
             loss = ops.stop_gradient(ops.cast(loss, self.observed_loss.dtype))
         except Exception as error:  # each backend has its own
             raise ValueError(
@@ -97,7 +99,10 @@ class ObservesLoss(keras.optimizers.Optimizer):
         self.observed_loss.assign(ops.full((), NO_LOSS, self.observed_loss.dtype))
 
     def _check_loss(self):
-        known, self._loss_is_known = self._loss_is_known, False
+        known, on_tensorflow = self._loss_is_known, keras.backend.backend() == "tensorflow"
+        # A trace that builds the optimizer is made a second time.
+        is_repeated = on_tensorflow and not self.built and replicas.is_tracing()
+        self._loss_is_known = known and is_repeated
         if not known and self._loss_comes_from_graph:
             # A call of the graph leaves nothing in Python.
             known = replicas.is_tracing() or self.observed_loss.numpy() != NO_LOSS

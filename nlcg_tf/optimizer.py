@@ -112,8 +112,11 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         if isinstance(learning_rate, numbers.Real):
             check_number("learning_rate", learning_rate, 0, 1e30)
             learning_rate = float(learning_rate)
-        if kwargs.get("weight_decay") is not None:
-            check_number("weight_decay", kwargs["weight_decay"], 0, 1e30)
+        for argument in ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm"):
+            if kwargs.get(argument) is not None:
+                check_number(argument, kwargs[argument], 0, 1e30)
+        if kwargs.get("loss_scale_factor") is not None:
+            check_number("loss_scale_factor", kwargs["loss_scale_factor"], 1e-30, 1e30)
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.preconditioner = preconditioners.get(preconditioner)
         is_spectral = isinstance(self.preconditioner, preconditioners.Spectral)
@@ -246,6 +249,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         # A list as a gradient would have no shape, and be broadcast.
         grads = [g if hasattr(g, "shape") else ops.convert_to_tensor(g) for g in grads]
         _check_gradients(grads, trainable_variables)
+        if keras.backend.backend() == "tensorflow":
+            grads = replicas.with_shapes(grads, trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
         self._warn_of_other_variables(positions)
         weight_decays = [
@@ -302,7 +307,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
     def _update_flags(self):
         is_update, _ = super()._update_flags()
         counts = dict(zip(COUNTS, ops.unstack(ops.convert_to_tensor(self.counts), len(COUNTS))))
-        return is_update & (counts["last_update_applied"] == 1), counts["updates"] == 1
+        is_update = is_update & (counts["last_update_applied"] == 1)
+        return is_update, counts["updates"] == ops.cast(is_update, counts["updates"].dtype)
 
     def diagnostics(self) -> dict[str, float]:
         """What the last update did, as Python floats.
@@ -343,7 +349,9 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "NLCG":
         """The reverse of `get_config`; `custom_objects` maps names to classes of your own."""
-        with keras.saving.custom_object_scope(custom_objects or {}):
+        if not custom_objects:  # a scope, also an empty one, would hide the one around it
+            return super().from_config(dict(config))
+        with keras.saving.custom_object_scope(custom_objects):
             return super().from_config(dict(config), custom_objects)
 
 

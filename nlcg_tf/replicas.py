@@ -8,12 +8,13 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 
-def sum_over_replicas(tensors):
-    """Sums a list of tensors over the replicas; without a strategy, the list itself.
+def with_shapes(gradients, variables):
+    """The gradients as dense tensors of the variables' shapes, which a trace may not know."""
+    return [tf.ensure_shape(tf.convert_to_tensor(g), v.shape) for g, v in zip(gradients, variables)]
 
-    A gradient given as `tf.IndexedSlices` becomes dense: the direction of an update is.
-    """
-    tensors = [tf.convert_to_tensor(x) for x in tensors]
+
+def sum_over_replicas(tensors):
+    """Sums a list of tensors over the replicas; without a strategy, the list itself."""
     context = tf.distribute.get_replica_context()
     if context is None or not tf.distribute.has_strategy():
         return tensors

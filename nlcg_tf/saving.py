@@ -6,6 +6,9 @@ from typing import Any
 import keras
 import numpy as np
 
+# What decides which variables there are before the first update.
+WITHOUT_SLOTS = ("gradient_accumulation_steps", "uses_loss", "learning_rate")
+
 
 class KnowsItsLayout(keras.optimizers.Optimizer):
     """Mixin of `NLCG`, whose settings it reads: a state of others is refused by name.
@@ -23,6 +26,7 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
         names = {
             name: type(getattr(self, name)).__name__ for name in ("preconditioner", "line_search")
         }
+        is_number = isinstance(self._learning_rate, keras.Variable)
         return {
             **names,
             "slots": [*self.slots] if self.built else [],
@@ -30,6 +34,8 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
             "lars_coefficient": self.lars_coefficient is not None,
             "use_ema": self.use_ema,
             "gradient_accumulation_steps": bool(self.gradient_accumulation_steps),
+            "uses_loss": self._uses_loss,
+            "learning_rate": "a number" if is_number else "a schedule or function",
         }
 
     def load_own_variables(self, store: Any) -> None:
@@ -43,16 +49,18 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
                 take one variable for another.
         """
         saved = {name: store[name] for name in store.keys() if name != "layout"}
-        if self.built and len(saved) == self._count_without_slots:
+        if len(saved) == self._count_without_slots:
             # Saved before the first update: there are no slots to restore.
+            if "layout" in store.keys():
+                self._check_layout(store, WITHOUT_SLOTS)
             for i, variable in enumerate(self.variables[: self._count_without_slots]):
                 variable.assign(saved[str(i)])
             return
         if self.built and saved:
-            self._check_layout(store, len(saved))
+            self._check_layout(store, self._layout())
         super().load_own_variables(saved)
 
-    def _check_layout(self, store, count):
+    def _check_layout(self, store, names):
         if "layout" not in store.keys():
             raise ValueError(
                 f"The saved state of optimizer '{self.name}' does not say which settings it "
@@ -62,11 +70,12 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
             )
         layout, own = json.loads(np.asarray(store["layout"]).tobytes()), self._layout()
         other = [
-            f"{name}: saved {layout.get(name)!r}, wanted {own[name]!r}"
-            for name in own
-            if layout.get(name) != own[name]
+            f"{name}: saved {layout[name]!r}, wanted {own[name]!r}"
+            for name in names
+            if name in layout and layout[name] != own[name]  # an older version had fewer
         ]
-        if count != len(self.variables):
+        count = len(store.keys()) - 1
+        if "slots" in names and count != len(self.variables):
             other.append(f"variables: saved {count}, wanted {len(self.variables)}")
         if other:
             raise ValueError(

@@ -43,6 +43,12 @@ from tests.support.problems import regression_data, regression_model
         {"weight_decay": np.array([1.0, 2.0])},
         {"update_rule": np.array(["momentum", "x"])},
         {"epsilon": np.float16(1e-8)},  # is 0
+        {"learning_rate": 10**400},
+        {"clipnorm": -1.0},
+        {"clipvalue": "a"},
+        {"global_clipnorm": float("nan")},
+        {"loss_scale_factor": 0},
+        {"preconditioner": {"class_name": "Dense", "config": {}}},
     ],
     ids=str,
 )
@@ -82,6 +88,7 @@ def test_what_a_preconditioner_of_ones_own_takes_and_returns_is_checked():
         (lambda: OnlineLineSearch(minimum_scale=0), "minimum_scale"),
         (lambda: OnlineLineSearch(increase_factor=float("inf")), "increase_factor"),
         (lambda: OnlineLineSearch(decrease_threshold="x"), "decrease_threshold"),
+        (lambda: OnlineLineSearch(increase_threshold=None), "increase_threshold` must be a number"),
         (lambda: StepLineSearch(period=0), "period"),
         (lambda: StepLineSearch(period=True), "period"),
         (lambda: NLCG().observe_loss(keras.ops.ones(3)), "loss"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from nlcg_tf import NLCG
 from tests.support.fitting import BATCH, UPDATES, fit, follow, weights_of
 from tests.support.problems import (
     FollowGradients,
@@ -80,10 +81,12 @@ def test_custom_loop_with_observe_loss(graph):
     assert relative_difference(weights_of(model), oracle.w) < 1e-5
 
 
-def test_a_loss_observed_eagerly_reaches_a_compiled_update():
+@pytest.mark.parametrize("is_built", [True, False])
+def test_a_loss_observed_eagerly_reaches_a_compiled_update(is_built):
     """The loss of each call counts, not the one that was there when the function was traced."""
     variable, optimizer = keras.Variable([1.0, 2.0]), paper_nlcg(0.1)
-    optimizer.build([variable])
+    if is_built:
+        optimizer.build([variable])
     apply = tf.function(lambda gradient: optimizer.apply([gradient], [variable]))
     for loss in (1.0, 2.0, 3.0):
         optimizer.observe_loss(loss)
@@ -258,3 +261,37 @@ def test_embeddings_with_sparse_gradients(steps):
     parts = steps or 1
     fit(model, optimizer, tokens, y, BATCH // parts, UPDATES * parts)
     assert relative_difference(weights_of(model), oracle.w) < 1e-5
+
+
+@pytest.mark.parametrize("fused", ["auto", False])
+@pytest.mark.parametrize("form", [{}, {"preconditioner": "spectral"}])
+def test_gradients_whose_shape_a_trace_does_not_know(form, fused):
+    """As those of an embedding are within the branch of a loss-scaling optimizer."""
+    updates = []
+    for signature in (None, [tf.TensorSpec(None)]):
+        variable = keras.Variable([[1.0, 2.0], [3.0, 4.0]])
+        optimizer = NLCG(0.1, fused=fused, **form)
+        optimizer.build([variable])
+
+        @tf.function(input_signature=signature)
+        def apply(gradient):
+            optimizer.observe_loss(1.0)  # noqa: B023
+            optimizer.apply([gradient], [variable])  # noqa: B023
+
+        apply(tf.constant([[0.1, 0.2], [0.3, 0.5]]))
+        updates.append(variable.numpy())
+    np.testing.assert_array_equal(*updates)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="shape"):
+        apply(tf.ones(3))
+
+
+def test_an_embedding_under_mixed_float16():
+    tokens = np.random.default_rng(0).integers(0, 20, size=(64, 3))
+    layers = [keras.layers.Embedding(20, 4), keras.layers.Flatten(), keras.layers.Dense(1)]
+    for layer in layers:
+        layer.dtype_policy = keras.DTypePolicy("mixed_float16")
+    model = keras.Sequential([keras.Input((3,), dtype="int32"), *layers])
+    optimizer = NLCG(0.02, preconditioner="spectral")
+    model.compile(optimizer=keras.optimizers.LossScaleOptimizer(optimizer), loss="mse")
+    losses = model.fit(tokens, tokens.mean(1), epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] and optimizer.diagnostics()["skipped_updates"] == 0

@@ -108,6 +108,21 @@ def test_ema_advances_once_an_update(steps, overwrite):
     assert relative_difference(weights_of(model), average) < 1e-5
 
 
+@pytest.mark.parametrize("why", ["no update yet", "all skipped", "all overflow"])
+def test_ema_without_an_update_leaves_the_weights(why):
+    x, y = regression_data(64)
+    optimizer = paper_nlcg(0.05, use_ema=True, gradient_accumulation_steps=8)
+    if why != "no update yet":
+        x, optimizer = x * np.nan, paper_nlcg(0.05, use_ema=True)
+    if why == "all overflow":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model = regression_model()
+    before = weights_of(model)
+    model.compile(optimizer=optimizer, loss="mse")
+    model.fit(x, y, batch_size=16, verbose=0)
+    np.testing.assert_array_equal(weights_of(model), before)
+
+
 def test_constraints():
     x, y = regression_data()
     constraint = keras.constraints.MaxNorm(0.7, axis=0)

@@ -130,6 +130,12 @@ def test_from_config_takes_classes_of_the_users_own():
             {"preconditioner": "bfgs"},
             "preconditioner: saved 'NormalizedBFGS', wanted 'DiagonalBFGS'",
         ),
+        # The loss in one and the rate in the other are both a scalar at the same place.
+        (
+            {"line_search": "online", "learning_rate": nlcg_tf.schedules.CifarSchedule(128, 2, 8)},
+            {"line_search": None},
+            "learning_rate: saved 'a schedule or function', wanted 'a number'",
+        ),
     ],
 )
 def test_a_saved_state_of_other_settings_is_an_error(saved, wanted, words, tmp_path):
@@ -158,6 +164,35 @@ def test_a_saved_state_without_its_settings_is_an_error():
     store = {str(i): v.numpy() for i, v in enumerate(model.optimizer.variables)}
     with pytest.raises(ValueError, match="older version"):
         model.optimizer.load_own_variables(store)
+
+
+def test_a_state_without_slots_of_other_settings_is_an_error():
+    store, other = {}, NLCG(0.1, "momentum")
+    NLCG(nlcg_tf.schedules.CifarSchedule(128, 2, 8)).save_own_variables(store)
+    with pytest.raises(ValueError, match="uses_loss: saved True, wanted False; learning_rate: "):
+        other.load_own_variables(store)
+    assert other.learning_rate == 0.1
+
+
+@pytest.mark.parametrize("how", ["custom_objects", "scope"])
+def test_a_schedule_of_the_users_own_is_loaded(how, tmp_path):
+    class Constant(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.1
+
+        def get_config(self):
+            return {}
+
+    model = compiled_model({"learning_rate": Constant()})
+    train(model, 0, 1)
+    model.save(tmp_path / "model.keras")
+    mine = {"Constant": Constant}
+    if how == "scope":
+        with keras.saving.custom_object_scope(mine):
+            loaded = keras.models.load_model(tmp_path / "model.keras")
+    else:
+        loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects=mine)
+    assert list(bits(loaded).values()) == list(bits(model).values())
 
 
 @pytest.mark.parametrize("wanted", [{"line_search": None}, {"preconditioner": None}])
