@@ -10,7 +10,11 @@ from tensorflow.python.ops import control_flow_util
 
 def with_shapes(gradients, variables):
     """The gradients as dense tensors of the variables' shapes, which a trace may not know."""
-    return [tf.ensure_shape(tf.convert_to_tensor(g), v.shape) for g, v in zip(gradients, variables)]
+    dense = map(tf.convert_to_tensor, gradients)
+    return [
+        g if g.shape.is_fully_defined() else tf.ensure_shape(g, v.shape)
+        for g, v in zip(dense, variables)
+    ]
 
 
 def sum_over_replicas(tensors):
