@@ -33,12 +33,12 @@ class CountsUpdates:
         for variable, average in zip(trainable_variables, self._model_variables_moving_average):
             if average is None:
                 continue
-            momentum = ops.cast(self.ema_momentum, variable.dtype)
+            # Until the first update the average is that of the weights as they are.
+            momentum = ops.cast(ops.where(is_first, 0.0, self.ema_momentum), variable.dtype)
             # Inside `fit` on JAX a Variable has no value but the one that this looks up.
             old, new = ops.convert_to_tensor(average), ops.convert_to_tensor(variable)
-            moved = ops.where(is_update, momentum * old + (1 - momentum) * new, old)
-            # Until the first update the average is that of the weights as they are.
-            average.assign(ops.where(is_first, new, moved))
+            new = momentum * old + (1 - momentum) * new
+            average.assign(ops.where(is_update | is_first, new, old))
 
     def _backend_apply_gradients(self, grads, trainable_variables):
         if keras.backend.backend() != "jax" or not self.ema_overwrite_frequency:
