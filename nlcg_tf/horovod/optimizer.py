@@ -1,5 +1,6 @@
 """Makes any Keras 3 optimizer distributed over Horovod's workers."""
 
+import collections
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from nlcg_tf.configurable import check_choice
 from nlcg_tf.horovod.averaging import Averaging
-from nlcg_tf.horovod.sharding import AgreeingLossScale, Sharded, why_not
+from nlcg_tf.horovod.sharding import AgreeingLossScale, BuildsOnWhole, Sharded, why_not
 
 COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 
@@ -60,12 +61,12 @@ def DistributedOptimizer(
         if inner is not None:
             _exchange_class(optimizer, AgreeingLossScale)
             target = inner
-        _exchange_class(target, Sharded)
+        _exchange_class(target, Sharded, BuildsOnWhole)
     else:
         _exchange_class(target, Averaging)
     target._wire_dtype = COMPRESSIONS[compression]
-    # Not by Keras' `__setattr__`, which would count them as variables of the optimizer.
-    object.__setattr__(target, "_average_with", tuple(average_with))
+    # Keras would count the variables in a list as the optimizer's.
+    target._average_with = collections.UserList(average_with)
     for each in {id(x): x for x in (optimizer, target)}.values():
         # In a graph it is part of the names by which Horovod knows what the workers do together;
         # Keras counts optimizers of one class up, and a worker may have made more of them.
@@ -77,12 +78,12 @@ def _is_scalar_variable(x):
     return hasattr(x, "assign") and tuple(x.shape) == () and "float" in tf.as_dtype(x.dtype).name
 
 
-def _exchange_class(optimizer, base):
+def _exchange_class(optimizer, base, *last):
     cls = type(optimizer)
     # Keras writes `optimizer.__class__` into a saved model: there it must find the plain class.
     members = {"__class__": property(lambda self: cls), "__doc__": cls.__doc__}
     members.update(from_config=cls.from_config, __reduce_ex__=_refuse_copies)
-    optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls), members)
+    optimizer.__class__ = type(f"Distributed{cls.__name__}", (base, cls, *last), members)
 
 
 def _refuse_copies(self, protocol):

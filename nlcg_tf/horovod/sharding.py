@@ -42,9 +42,6 @@ SHARDS_ONLY = (
     "the optimizer that `gather_optimizer` returns."
 )
 
-# Settings whose state has the shapes of the whole variables.
-_OF_THE_WHOLE = ("use_ema", "gradient_accumulation_steps")
-
 
 def why_not(optimizer):
     """Why an optimizer cannot be divided, in a sentence; `None` where it can."""
@@ -155,14 +152,33 @@ class Division:
     """What a worker keeps of an optimizer. Keras does not look into it for variables.
 
     Attributes:
+        variables: list of the model's variables.
         layouts: list of `Layout`.
         weights: list of Keras variables, this worker's shard of the weights of each layout.
         slots: dict from `(name, number of the layout)` to the slot of that shard.
+        of_the_whole: dict from `(name, number of the variable)` to what Keras itself keeps of it.
     """
 
+    variables: list = dataclasses.field(default_factory=list)
     layouts: list = dataclasses.field(default_factory=list)
     weights: list = dataclasses.field(default_factory=list)
     slots: dict = dataclasses.field(default_factory=dict)
+    of_the_whole: dict = dataclasses.field(default_factory=dict)
+
+
+class BuildsOnWhole(optimizers.Optimizer):
+    """Last base of a `Sharded` optimizer: Keras' own part is built on the whole variables.
+
+    The optimizer's class is built on this worker's shards. Behind it Keras accumulates gradients
+    and averages weights, and its update takes the model's variables.
+    """
+
+    def build(self, shards):
+        slots, self.recorded_slots = self.recorded_slots, collections.UserDict()
+        super().build(self.division.variables)
+        self.division.of_the_whole, self.recorded_slots = dict(self.recorded_slots), slots
+        for i, shard in enumerate(shards):
+            self._trainable_variables_indices[self._var_key(shard)] = i
 
 
 class Sharded(KeepsShards, RecordsSlots, Averaging):
@@ -185,24 +201,12 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         whole = preconditioner is not None and preconditioner.couples == "variable"
         layouts = divide(variables, self._use_weight_decay, whole, hvd.size(), hvd.rank())
         weights = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
-        self.division, self.sums = Division(layouts, weights), SumsOfShards(layouts)
-        # Accumulated gradients and averages of the weights are those of the whole variables.
-        self.recorded_slots = collections.UserDict()
-        optimizers.Optimizer.build(self, variables)
-        of_the_whole = self.recorded_slots
-        settings = {name: getattr(self, name) for name in _OF_THE_WHOLE}
-        self.built, self.use_ema, self.gradient_accumulation_steps = False, False, None
-        before = len(self.variables)
-        try:
-            super().build(weights)
-        finally:
-            for name, value in settings.items():
-                setattr(self, name, value)
-        self._check_slots(self.variables[before:])
-        self._set_first_state()
-        object.__setattr__(self, "_trainable_variables", variables)  # Keras would track a list
+        self.division, self.sums = Division(variables, layouts, weights), SumsOfShards(layouts)
+        super().build(weights)
         self.division.slots = dict(self.recorded_slots)
-        self.recorded_slots |= of_the_whole
+        self.recorded_slots |= self.division.of_the_whole
+        self._check_slots()
+        self._set_first_state()
         for slot in self.division.slots.values():
             slot.shard_of = self  # what compares and broadcasts variables passes over it
 
@@ -222,12 +226,12 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
                     tf.broadcast_to(tf.cast(state[name][1], layout.dtype), shape)
                     for state, shape in zip(states, layout.shapes)
                 ]
-                self.recorded_slots[name, number].assign(layout.own_shard(first))
+                self.division.slots[name, number].assign(layout.own_shard(first))
 
-    def _check_slots(self, made):
+    def _check_slots(self):
         """Of a class that is not known: slots that were not made as Keras makes them."""
         recorded = {id(slot) for slot in self.recorded_slots.values()}
-        odd = [v for v in made if id(v) not in recorded and len(v.shape)]
+        odd = [v for v in self.variables if id(v) not in recorded and len(v.shape)]
         if odd and not isinstance(self, ELEMENTWISE):
             raise ValueError(
                 f"`shard=True` needs slots made by `add_variable_from_reference`, which "
