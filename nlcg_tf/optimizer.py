@@ -24,6 +24,9 @@ from nlcg_tf.saving import KnowsItsLayout
 if keras.backend.backend() == "tensorflow":
     from nlcg_tf import replicas
 
+# The arguments that decide which slots there are and what they mean.
+OF_THE_SLOTS = ("update_rule", "preconditioner", "line_search", "nesterov", "lars_coefficient")
+
 logger = logging.getLogger("nlcg_tf")
 
 
@@ -117,6 +120,14 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
                 check_number(argument, kwargs[argument], 0, 1e30)
         if kwargs.get("loss_scale_factor") is not None:
             check_number("loss_scale_factor", kwargs["loss_scale_factor"], 1e-30, 1e30)
+        if "ema_momentum" in kwargs:
+            check_number("ema_momentum", kwargs["ema_momentum"], 0, 1)
+        for argument in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+            steps = kwargs.get(argument)
+            if steps is not None and not isinstance(steps, numbers.Integral):
+                raise ValueError(
+                    f"`{argument}` must be an integer or None. Received: {argument}={steps!r}"
+                )
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         self.preconditioner = preconditioners.get(preconditioner)
         is_spectral = isinstance(self.preconditioner, preconditioners.Spectral)
@@ -194,6 +205,14 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         self.reals = self._add_state("reals", values, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
 
+    def __setattr__(self, name, value):
+        if name in OF_THE_SLOTS and getattr(self, "built", False):
+            raise ValueError(
+                f"`{name}` cannot change once the optimizer is built, since its slots are those of "
+                f"the settings before. Make a new one. Received: {name}={value!r}"
+            )
+        super().__setattr__(name, value)
+
     def _own_slots(self, preconditioner):
         """Names of the slots that the update needs besides the preconditioner's."""
         uses_steps, rule = preconditioner.uses_steps, self.update_rule
@@ -248,7 +267,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         check_distinct(trainable_variables)
         # A list as a gradient would have no shape, and be broadcast.
         grads = [g if hasattr(g, "shape") else ops.convert_to_tensor(g) for g in grads]
-        _check_gradients(grads, trainable_variables)
+        check_gradients(grads, trainable_variables)
         if keras.backend.backend() == "tensorflow":
             grads = replicas.with_shapes(grads, trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
@@ -377,7 +396,8 @@ def check_distinct(variables):
         seen.add(id(known))
 
 
-def _check_gradients(grads, variables):
+def check_gradients(grads, variables):
+    """Raises a ValueError for a gradient that is not of its variable's shape, or is complex."""
     if len(grads) != len(variables):
         raise ValueError(f"Received {len(grads)} gradients of {len(variables)} variables")
     for g, v in zip(grads, variables):

@@ -54,8 +54,13 @@ class BroadcastVariables(keras.callbacks.Callback):
         variables = [*self.model.variables, *optimizer.variables]
         is_sharded = len(shared(variables)) < len(variables)
         _compare({"optimizer": type(optimizer).__name__, "`shard`": is_sharded})
-        if is_sharded:
-            self._check_shards(optimizer)
+        steps = [int(keras.ops.convert_to_numpy(one._iterations)) for one in _with_inner(optimizer)]
+        all_steps = hvd.allgather_object(steps)
+        if all_steps == [steps] * len(all_steps):
+            own = _of_one_worker(optimizer)
+            variables = [v for v in variables if id(v) not in own]
+        elif is_sharded:
+            _refuse_shards(all_steps)
         broadcast(variables, self.root_rank)
         self._start = int(keras.ops.convert_to_numpy(optimizer.iterations))
 
@@ -66,16 +71,6 @@ class BroadcastVariables(keras.callbacks.Callback):
         if int(keras.ops.convert_to_numpy(self.model.optimizer.iterations)) > self._start:
             self._start = None
             check_identical(self.model.trainable_variables)
-
-    def _check_shards(self, optimizer):
-        """What a sharded optimizer has on a worker cannot be made up for by another."""
-        counts = hvd.allgather_object(int(keras.ops.convert_to_numpy(optimizer.iterations)))
-        if len(set(counts)) > 1:
-            each = ", ".join(f"worker {rank}: {n}" for rank, n in enumerate(counts))
-            raise ValueError(
-                "The workers' shards of the optimizer are after unequal numbers of updates "
-                f"({each}). Load the saved state on every worker, or use `hvd.scatter_optimizer`."
-            )
 
 
 class WatchWorkers(keras.callbacks.Callback):
@@ -215,10 +210,28 @@ class CheckIdentical(keras.callbacks.Callback):
 
     def _check(self):
         optimizer = self.model.optimizer
-        own = set()
-        for holder in (optimizer, *inner_optimizers(optimizer)):
-            # In the middle of a virtual batch each worker has gradients of its own.
-            own |= {id(v) for v in getattr(holder, "_accumulated_gradients", ())}
-            own |= {id(getattr(holder, name, None)) for name in ("observed_loss", "update_loss")}
+        own = _of_one_worker(optimizer)
         state = [v for v in optimizer.variables if id(v) not in own]
         check_identical([*self.model.trainable_variables, *state])
+
+
+def _with_inner(optimizer):
+    return [optimizer, *inner_optimizers(optimizer)]
+
+
+def _of_one_worker(optimizer):
+    """The identities of variables of which in a virtual batch each worker has its own."""
+    own = set()
+    for holder in _with_inner(optimizer):
+        own |= {id(v) for v in getattr(holder, "_accumulated_gradients", ())}
+        own |= {id(getattr(holder, name, None)) for name in ("observed_loss", "update_loss")}
+    return own
+
+
+def _refuse_shards(all_steps):
+    """What a sharded optimizer has on a worker cannot be made up for by another."""
+    each = ", ".join(f"worker {rank}: {max(steps)}" for rank, steps in enumerate(all_steps))
+    raise ValueError(
+        f"The workers' shards of the optimizer are after unequal numbers of steps ({each}). Load "
+        "the saved state on every worker, or use `hvd.scatter_optimizer`."
+    )

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from nlcg_tf.configurable import check_choice
 from nlcg_tf.horovod.averaging import Averaging
-from nlcg_tf.horovod.sharding import AgreeingLossScale, BuildsOnWhole, Sharded, why_not
+from nlcg_tf.horovod.shardable import why_not
+from nlcg_tf.horovod.sharding import AgreeingLossScale, BuildsOnWhole, Sharded
 
 COMPRESSIONS = {None: None, "fp16": tf.float16, "bf16": tf.bfloat16}
 
@@ -28,7 +29,8 @@ def DistributedOptimizer(
     Each update averages the gradients, and the loss that NLCG observes, in one grouped all-reduce
     before the gradients are clipped. With `gradient_accumulation_steps` this happens once per
     update; micro-steps communicate nothing. An optimizer with its own `apply`, such as
-    `LossScaleOptimizer` or `MultiOptimizer`, receives averaged gradients.
+    `LossScaleOptimizer` or `MultiOptimizer`, receives averaged gradients; an `apply_gradients` of
+    its own comes before and receives those of one worker.
 
     Args:
         optimizer: a `keras.optimizers.Optimizer`. With dynamic loss scaling, wrap outside:
@@ -38,8 +40,9 @@ def DistributedOptimizer(
         average_with: scalar variables to be averaged in the same round, such as a loss to log.
         shard: whether each worker keeps and updates a shard of the optimizer's state only
             (`nlcg_tf.horovod.sharding`): 1/W of the slots and of the update's work, the same bytes
-            sent. For optimizers whose update is elementwise, and NLCG in all its forms but for LARS
-            scaling. Every variable must have a gradient.
+            sent. For Keras' optimizers whose update is elementwise, other classes that say so by
+            `is_elementwise = True`, and NLCG in all its forms but for LARS scaling. Every variable
+            must have a gradient.
 
     Returns:
         `optimizer`.

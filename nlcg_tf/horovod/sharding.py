@@ -19,68 +19,17 @@ from nlcg_tf.accumulation import CountsUpdates
 from nlcg_tf.horovod.averaging import Averaging
 from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
 from nlcg_tf.horovod.layout import divide
+from nlcg_tf.horovod.shardable import NEEDS_WHOLE, cannot_serve, check_slots
 from nlcg_tf.horovod.whole import RecordsSlots, take_own_shard, whole_optimizer
-from nlcg_tf.optimizer import NLCG, check_distinct, plain
+from nlcg_tf.optimizer import check_distinct, check_gradients, plain
 from nlcg_tf.polar import shared_by
 from nlcg_tf.reductions import Sums
 
-# Each element's update depends on that element alone, and on what all share.
-ELEMENTWISE = (
-    NLCG,
-    optimizers.SGD,
-    optimizers.Adam,
-    optimizers.RMSprop,
-    optimizers.Adagrad,
-    optimizers.Adadelta,
-    optimizers.Lion,
-    optimizers.Ftrl,
-)
-
 SHARDS_ONLY = (
-    "This optimizer is sharded, each worker has a shard of its state. Save inside of "
-    "`with nlcg_tf.horovod.gathered(model)`, which all workers enter; for tf.train.Checkpoint take "
-    "the optimizer that `gather_optimizer` returns."
+    "This optimizer is sharded, each worker has a shard of its state. Save and restore inside of "
+    "`with nlcg_tf.horovod.gathered(model)`, which all workers enter; without a compiled model "
+    "give tf.train.Checkpoint the optimizer that `gather_optimizer` returns."
 )
-
-
-def why_not(optimizer):
-    """Why an optimizer cannot be divided, in a sentence; `None` where it can."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if not isinstance(optimizer, ELEMENTWISE) and not getattr(optimizer, "is_elementwise", False):
-        return (
-            f"{type(optimizer).__name__} is not known to update each element by itself. If it "
-            "does, give its class the attribute `is_elementwise = True`"
-        )
-    for name in ("clipnorm", "lars_coefficient"):
-        if getattr(optimizer, name, None):
-            return f"`{name}` needs whole variables. Received: {name}={getattr(optimizer, name)}"
-    preconditioner = getattr(optimizer, "preconditioner", None)
-    if preconditioner is not None and preconditioner.couples != "elements":
-        # Of one that keeps a state the shapes of variables are not those of the shards.
-        if preconditioner.couples == "model" or preconditioner.initial_state((2, 2)):
-            return _cannot_serve(preconditioner)
-    if optimizer.built:
-        return (
-            f"{type(optimizer).__name__} has been built already, and its state is whole. "
-            "Distribute a new optimizer, build it, and load the state with `load_weights` on every "
-            "worker"
-        )
-    try:  # as each save does
-        type(optimizer).from_config(optimizer.get_config())
-    except Exception as error:
-        return (
-            f"{type(optimizer).__name__} cannot be made again from its configuration, as a save of "
-            f"its whole state needs: {error}"
-        )
-    return None
-
-
-def _cannot_serve(preconditioner):
-    return (
-        "shards serve a preconditioner that couples elements and keeps the same state for each "
-        "variable, or one that couples a variable without keeping a state. Received: "
-        f"preconditioner={preconditioner!r} with couples={preconditioner.couples!r}"
-    )
 
 
 class SumsOfShards(Sums):
@@ -156,14 +105,15 @@ class Division:
         layouts: list of `Layout`.
         weights: list of Keras variables, this worker's shard of the weights of each layout.
         slots: dict from `(name, number of the layout)` to the slot of that shard.
-        of_the_whole: dict from `(name, number of the variable)` to what Keras itself keeps of it.
+        of_the_whole: dict from `(name, number of the variable)` to what Keras itself keeps of it;
+            `None` before it is made.
     """
 
     variables: list = dataclasses.field(default_factory=list)
     layouts: list = dataclasses.field(default_factory=list)
     weights: list = dataclasses.field(default_factory=list)
     slots: dict = dataclasses.field(default_factory=dict)
-    of_the_whole: dict = dataclasses.field(default_factory=dict)
+    of_the_whole: dict | None = None
 
 
 class BuildsOnWhole(optimizers.Optimizer):
@@ -203,10 +153,15 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
         weights = [self._new_shard(i, layout, variables) for i, layout in enumerate(layouts)]
         self.division, self.sums = Division(variables, layouts, weights), SumsOfShards(layouts)
         super().build(weights)
+        if self.division.of_the_whole is None:
+            raise ValueError(
+                f"`shard=True` needs a `build` that calls `super().build`, as that of "
+                f"{type(self).__name__} does not"
+            )
         self.division.slots = dict(self.recorded_slots)
-        self.recorded_slots |= self.division.of_the_whole
-        self._check_slots()
         self._set_first_state()
+        check_slots(self)
+        self.recorded_slots |= self.division.of_the_whole
         for slot in self.division.slots.values():
             slot.shard_of = self  # what compares and broadcasts variables passes over it
 
@@ -220,7 +175,7 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
             names = dict.fromkeys(name for state in states for name in state)
             lacking = any(name not in state for state in states for name in names)
             if lacking or (names and layout.whole):
-                raise ValueError(f"`shard=True`: {_cannot_serve(preconditioner)}")
+                raise ValueError(f"`shard=True`: {cannot_serve(preconditioner)}")
             for name in names:
                 first = [
                     tf.broadcast_to(tf.cast(state[name][1], layout.dtype), shape)
@@ -228,15 +183,12 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
                 ]
                 self.division.slots[name, number].assign(layout.own_shard(first))
 
-    def _check_slots(self):
-        """Of a class that is not known: slots that were not made as Keras makes them."""
-        recorded = {id(slot) for slot in self.recorded_slots.values()}
-        odd = [v for v in self.variables if id(v) not in recorded and len(v.shape)]
-        if odd and not isinstance(self, ELEMENTWISE):
+    def __setattr__(self, name, value):
+        if name in NEEDS_WHOLE and value:
             raise ValueError(
-                f"`shard=True` needs slots made by `add_variable_from_reference`, which "
-                f"'{odd[0].name}' of {type(self).__name__} is not"
+                f"`shard=True`: `{name}` needs whole variables. Received: {name}={value!r}"
             )
+        super().__setattr__(name, value)
 
     def divide_anew(self, whole):
         """Gives the workers that there are now their shards of a whole state.
@@ -294,6 +246,9 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
                     f"`shard=True` needs a gradient of every variable, '{name_of(variable)}' has "
                     "none. Freeze its layer (`trainable = False`) before the optimizer is built"
                 )
+        if grads:
+            grads = [g if hasattr(g, "shape") else tf.convert_to_tensor(g) for g in grads]
+            check_gradients(grads, variables)
         return grads, variables or None
 
     @property

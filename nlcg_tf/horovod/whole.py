@@ -50,9 +50,11 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
     """
     inner = _sharded(optimizer)
     whole = failure = None
+    shared_state = []
     if hvd.rank() == 0:
         try:
             whole = whole_optimizer(optimizer)
+            shared_state = _shared_state(optimizer, whole)
         except Exception as error:
             failure = error
     _end_together(failure)
@@ -62,9 +64,8 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
         if whole is not None:
             for i, value in zip(layout.indices, layout.restore(vector)):
                 _plain(whole).recorded_slots[name, i].assign(value)
-    if whole is not None:
-        for own, of_whole in _shared_state(optimizer, whole):
-            of_whole.assign(own)
+    for own, of_whole in shared_state:
+        of_whole.assign(own)
     return whole
 
 
@@ -198,7 +199,13 @@ def _shared_state(optimizer, whole):
         # A worker's shard has no `curvature_sums`: in the whole state they are not known.
         known = {id(slot) for slot in [*slots.values(), getattr(_plain(one), "curvature_sums", 0)]}
         rest.append([v for v in one.variables if id(v) not in known])
-    for own, of_whole in (rest := list(zip(*rest, strict=True))):
+    if len(rest[0]) != len(rest[1]):
+        raise ValueError(
+            "What a sharded optimizer keeps besides slots must not depend on the number of its "
+            f"variables. Received: {type(optimizer).__name__} with {len(rest[0])} such variables, "
+            f"whole it has {len(rest[1])}"
+        )
+    for own, of_whole in (rest := list(zip(*rest))):
         if own.shape != of_whole.shape:
             raise ValueError(
                 f"'{own.name}' of a sharded optimizer must have the shape {of_whole.shape} of the "

@@ -12,8 +12,10 @@ from tests.distributed.training import BATCH, expect, make, shard_of
 from tests.support.problems import (
     digits_data,
     digits_model,
+    flat,
     regression_data,
     regression_model,
+    relative_difference,
 )
 
 
@@ -25,6 +27,32 @@ def check_a_model_that_is_not_built_cannot_be_broadcast():
     callbacks = [hvd.BroadcastVariables()]
     fit = lambda: model.fit(x, y, verbose=0, callbacks=callbacks)  # noqa: E731
     expect(ValueError, "keras.Input", fit)
+
+
+def check_a_virtual_batch_goes_on_in_the_next_fit():
+    """What a worker has accumulated when `fit` ends is its own, and stays so in the next one."""
+    x, y = regression_data(6 * BATCH)
+    ends = []
+    for shard in (None, False, True):
+        optimizer, model = NLCG(0.05, gradient_accumulation_steps=2), regression_model()
+        mine = lambda values: values  # noqa: E731
+        if shard is not None:
+            optimizer = hvd.DistributedOptimizer(optimizer, shard=shard)
+            # This worker's half of each micro-batch.
+            mine = lambda values: np.concatenate(  # noqa: E731
+                [shard_of(part) for part in np.split(values, 6)]
+            )
+        model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+        size = BATCH if shard is None else BATCH // hvd.size()
+        callbacks = [] if shard is None else [hvd.BroadcastVariables(), hvd.CheckIdentical()]
+        for half in (slice(0, 3), slice(3, 6)):
+            half = slice(half.start * size, half.stop * size)
+            model.fit(
+                mine(x)[half], mine(y)[half], size, shuffle=False, verbose=0, callbacks=callbacks
+            )
+        ends.append(flat(model.trainable_variables))
+    for end in ends[1:]:
+        assert relative_difference(end, ends[0]) < 1e-5
 
 
 def check_moving_statistics_are_averaged_by_the_callback():

@@ -358,6 +358,12 @@ def check_what_cannot_be_sharded_is_refused():
     optimizer.apply([0 * g for g in gradients])  # of all variables
     expect(ValueError, "built already", shard, plain_built())
     expect(ValueError, "before a sharded", optimizer.exclude_from_weight_decay, None, ["bias"])
+    for name in ("clipnorm", "lars_coefficient"):
+        message = f"`{name}` needs whole variables.*0.1"
+        expect(ValueError, message, setattr, optimizer, name, 0.1)
+    turned = [tf.transpose(gradients[0]), *gradients[1:]]
+    message = r"must have the shape \(4, 8\).*\(8, 4\)"
+    expect(ValueError, message, optimizer.apply, turned, variables)
     apart = shard(NLCG(fused=hvd.rank() == 0))
     apart.build(variables)
     expect(
@@ -367,6 +373,78 @@ def check_what_cannot_be_sharded_is_refused():
         gradients,
         variables,
     )
+
+
+def check_classes_whose_shards_would_train_otherwise_are_refused():
+    """Each would train with other weights than unsharded, or could not be saved."""
+    expected = {
+        Subclass: "Subclass is not known to update each",
+        OwnApply: "OwnApply has an `apply`",
+        OwnClipping: "OwnClipping has an `apply` or `_clip_gradients`",
+    }
+    for cls, message in expected.items():
+        expect(ValueError, message, hvd.DistributedOptimizer, cls(0.1), shard=True)
+    expected = {
+        OddVariables: "made by `add_variable_from_reference`, which 'odd' of",
+        Twice: "Twice with 2 of the name None for 1 shards",
+        Clash: "Clash with 1 of the name 'average'",
+        PastTheMixin: "calls `super\\(\\).build`",
+    }
+    for cls, message in expected.items():
+        optimizer = hvd.DistributedOptimizer(cls(0.1, use_ema=True), shard=True)
+        expect(ValueError, message, optimizer.build, model_of("float32").trainable_variables)
+    optimizer = hvd.DistributedOptimizer(ScalarForEach(0.1), shard=True)
+    optimizer.build(model_of("float32").trainable_variables)
+    message = "must not depend on the number of its variables"
+    expect((ValueError, RuntimeError), message, gather_optimizer, optimizer)
+
+
+class Subclass(keras.optimizers.SGD):
+    pass
+
+
+class Elementwise(keras.optimizers.SGD):
+    is_elementwise = True
+
+
+class OwnApply(Elementwise):
+    def apply(self, grads, trainable_variables=None):
+        super().apply([tf.sign(g) for g in grads], trainable_variables)
+
+
+class OwnClipping(Elementwise):
+    def _clip_gradients(self, grads):
+        return [tf.sign(g) for g in super()._clip_gradients(grads)]
+
+
+class OddVariables(Elementwise):
+    def build(self, variables):
+        super().build(variables)
+        self.odd = [self.add_variable(v.shape, name="odd") for v in variables]
+
+
+class Twice(Elementwise):
+    def build(self, variables):
+        super().build(variables)
+        for v in [*variables, *variables]:
+            self.add_variable_from_reference(v)
+
+
+class Clash(Elementwise):
+    def build(self, variables):
+        super().build(variables)
+        self.own = [self.add_variable_from_reference(v, "average") for v in variables]
+
+
+class PastTheMixin(Elementwise):
+    def build(self, variables):
+        keras.optimizers.Optimizer.build(self, variables)
+
+
+class ScalarForEach(Elementwise):
+    def build(self, variables):
+        super().build(variables)
+        self.scalars = [self.add_variable((), name="scalar") for _ in variables]
 
 
 def check_bfloat16_variables_can_be_sharded():

@@ -48,6 +48,10 @@ from tests.support.problems import regression_data, regression_model
         {"clipvalue": "a"},
         {"global_clipnorm": float("nan")},
         {"loss_scale_factor": 0},
+        {"ema_momentum": "x"},
+        {"ema_momentum": float("nan")},
+        {"gradient_accumulation_steps": 2.5},
+        {"ema_overwrite_frequency": "3"},
         {"preconditioner": {"class_name": "Dense", "config": {}}},
     ],
     ids=str,
@@ -57,6 +61,17 @@ def test_nlcg_names_the_bad_argument(arguments):
     with pytest.raises(ValueError, match=name) as error:
         NLCG(**arguments)
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("lars_coefficient", 0.1), ("preconditioner", None), ("line_search", "online")]
+)
+def test_what_decides_the_slots_cannot_change_once_they_are_there(name, value):
+    optimizer = NLCG()
+    setattr(optimizer, name, getattr(optimizer, name))  # before it may
+    optimizer.build(regression_model().trainable_variables)
+    with pytest.raises(ValueError, match=f"`{name}` cannot change.*Received: {name}={value!r}"):
+        setattr(optimizer, name, value)
 
 
 class WithoutSums(Preconditioner):

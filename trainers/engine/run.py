@@ -111,7 +111,7 @@ def _check_sharding(task, plan):
     if not FLAGS.shard_optimizer:
         return
     try:
-        from nlcg_tf.horovod.sharding import why_not
+        from nlcg_tf.horovod.shardable import why_not
     except ImportError:
         return  # without Horovod there is one worker, who ignores the flag
     if reason := why_not(optimizer(task.schedule(plan), task.default_line_search)):
