@@ -116,14 +116,9 @@ def _check(optimizer, compression, average_with, shard):
             f"Received: average_with={average_with!r}"
         )
     check_choice("shard", shard, [True, False])
-    if shard and (reason := why_not(optimizer)):
+    if shard and (reason := why_not(optimizer, compression)):
         raise ValueError(f"`shard=True`: {reason}")
     inner = getattr(optimizer, "inner_optimizer", None)
-    if shard and inner and compression == "fp16":
-        raise ValueError(
-            "`shard=True` with loss scaling sends gradients without the scale, which float16 could "
-            f"not hold: use compression='bf16'. Received: compression={compression!r}"
-        )
     if inner and (isinstance(inner, Averaging) or inner.gradient_accumulation_steps):
         raise ValueError(
             "`optimizer` wraps an optimizer that is distributed already or accumulates gradients; "

@@ -22,9 +22,15 @@ ELEMENTWISE = (
 NEEDS_WHOLE = ("clipnorm", "lars_coefficient")
 
 
-def why_not(optimizer):
+def why_not(optimizer, compression):
     """Why an optimizer cannot be divided, in a sentence; `None` where it can."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+        if compression == "fp16":
+            return (
+                "with loss scaling it sends gradients without the scale, which float16 could not "
+                f"hold: use compression='bf16'. Received: compression={compression!r}"
+            )
     cls = type(optimizer)
     if cls not in ELEMENTWISE and not getattr(cls, "is_elementwise", False):
         return (

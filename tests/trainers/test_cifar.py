@@ -64,6 +64,9 @@ def test_a_wrong_flag_gets_one_clear_line(tmp_path):
     if importlib.util.find_spec("horovod"):
         message = "--shard_optimizer: `lars_coefficient` needs whole variables"
         cases[message] = ["--shard_optimizer", "--lars_coefficient=0.1", "--dry_run", "--workers=2"]
+        message = "--shard_optimizer: with loss scaling it sends gradients without"
+        cases[message] = ["--shard_optimizer", "--dry_run", "--workers=2"]
+        cases[message] += ["--dtype_policy=mixed_float16", "--compression=fp16"]
     for message, flags in cases.items():
         result = run([*TRAINER, f"--output_dir={tmp_path / 'run'}", *flags])
         assert result.returncode in (1, 2), result

@@ -47,7 +47,7 @@ def _tensorflow_dataset(name, counts, data_dir, download):
         )
     except (AssertionError, tfds.core.registered.DatasetNotFoundError) as error:
         raise FileNotFoundError(
-            f"{name} is not prepared under --data_dir={data_dir}. "
+            f"{name} is not prepared under --data_dir={data_dir or '~/tensorflow_datasets'}. "
             "Pass --download, or the folder that holds it."
         ) from error
     except tf.errors.OpError as error:

@@ -108,30 +108,32 @@ def _prepare(task, size, cluster):
 
 def _check_sharding(task, plan):
     """What a run would refuse when it makes its optimizer, which a dry run does not distribute."""
-    if not FLAGS.shard_optimizer:
+    if not FLAGS.shard_optimizer or plan.workers == 1:  # a single worker ignores the flag
         return
     try:
         from nlcg_tf.horovod.shardable import why_not
     except ImportError:
-        return  # without Horovod there is one worker, who ignores the flag
-    if reason := why_not(optimizer(task.schedule(plan), task.default_line_search)):
+        return  # without Horovod it cannot be told
+    if reason := why_not(_optimizer(task, plan), FLAGS.compression):
         raise ValueError(f"--shard_optimizer: {reason}")
+
+
+def _optimizer(task, plan):
+    chosen = optimizer(task.schedule(plan), task.default_line_search)
+    is_scaled = FLAGS.dtype_policy == "mixed_float16"
+    return keras.optimizers.LossScaleOptimizer(chosen) if is_scaled else chosen
 
 
 def _make_trainer(task, plan, cluster):
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(FLAGS.seed)
-    chosen = optimizer(task.schedule(plan), task.default_line_search)
-    if FLAGS.dtype_policy == "mixed_float16":
-        chosen = keras.optimizers.LossScaleOptimizer(chosen)
-    compression = None if FLAGS.compression == "none" else FLAGS.compression
     return Trainer(
         task.model(),
-        chosen,
+        _optimizer(task, plan),
         cluster,
         FLAGS.jit_compile,
-        compression,
+        None if FLAGS.compression == "none" else FLAGS.compression,
         FLAGS.label_smoothing,
         FLAGS.shard_optimizer,
     )
