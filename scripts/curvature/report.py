@@ -73,8 +73,8 @@ def table(records, made):
         "# Where curvature matters",
         "",
         f"`{made['command']}`, revision {made['revision']}, {made['processor']}, {made['cores']} "
-        "cores, one thread a process. Median (and quartiles) over the seeds with the best rate; ∞: "
-        "never reached, or not finite.",
+        f"core{'s' * (made['cores'] != 1)}, one thread a process. Median (and "
+        "quartiles) over the seeds with the best rate; ∞: never reached, or not finite.",
         "",
         "- rate: the one of the search whose worse run ends lowest; *: at an end of its grid.",
         "- final loss: after the last update, over all data; for the autoencoders above the "
