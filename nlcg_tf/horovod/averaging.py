@@ -14,8 +14,8 @@ from nlcg_tf.horovod.collectives import allgather_object, average, check_alike, 
 from nlcg_tf.horovod.factors import share
 from nlcg_tf.loss_scaling import inner_optimizers
 from nlcg_tf.observed_loss import ObservesLoss
-from nlcg_tf.optimizer import plain
 from nlcg_tf.polar import shared_by
+from nlcg_tf.variables import plain
 
 # Those that come to `_clip_gradients` once an update, with gradients that nobody has used before.
 COMES_TO_THE_AVERAGE = (keras.optimizers.Optimizer.apply, ObservesLoss.apply)

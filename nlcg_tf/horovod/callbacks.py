@@ -22,7 +22,8 @@ from nlcg_tf.loss_scaling import inner_optimizers
 class BroadcastVariables(keras.callbacks.Callback):
     """Starts all workers from the model and optimizer state of worker `root_rank`.
 
-    Compares the weights of all workers after the first update.
+    Gradients that each worker has accumulated for an unfinished virtual batch stay its own, if all
+    have done the same number of steps. Compares the weights of all workers after the first update.
 
     Raises:
         ValueError: when training begins, if the model is not built yet; on all workers, if their

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from nlcg_tf.horovod.watch import entering
-from nlcg_tf.optimizer import plain
+from nlcg_tf.variables import plain
 
 # What Horovod's own operations know.
 NUMBERS = {tf.float16, tf.float32, tf.float64, tf.bool, tf.uint8, tf.int8, tf.uint16, tf.int16}

@@ -12,7 +12,7 @@ from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrup
 from nlcg_tf.horovod.collectives import broadcast, broadcast_first, gather, shared
 from nlcg_tf.horovod.watch import is_communication_error
 from nlcg_tf.horovod.whole import first_state
-from nlcg_tf.optimizer import plain
+from nlcg_tf.variables import plain
 
 
 class ElasticState(ObjectState):

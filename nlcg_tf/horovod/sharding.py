@@ -21,9 +21,9 @@ from nlcg_tf.horovod.collectives import average, gather, name_of, reduce_scatter
 from nlcg_tf.horovod.layout import divide
 from nlcg_tf.horovod.shardable import NEEDS_WHOLE, cannot_serve, check_slots
 from nlcg_tf.horovod.whole import RecordsSlots, take_own_shard, whole_optimizer
-from nlcg_tf.optimizer import check_distinct, check_gradients, plain
 from nlcg_tf.polar import shared_by
 from nlcg_tf.reductions import Sums
+from nlcg_tf.variables import check_distinct, check_gradients, plain
 
 SHARDS_ONLY = (
     "This optimizer is sharded, each worker has a shard of its state. Save and restore inside of "
@@ -246,7 +246,7 @@ class Sharded(KeepsShards, RecordsSlots, Averaging):
                     f"`shard=True` needs a gradient of every variable, '{name_of(variable)}' has "
                     "none. Freeze its layer (`trainable = False`) before the optimizer is built"
                 )
-        if grads:
+        if variables:  # without them Keras says what is missing
             grads = [g if hasattr(g, "shape") else tf.convert_to_tensor(g) for g in grads]
             check_gradients(grads, variables)
         return grads, variables or None

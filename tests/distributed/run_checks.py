@@ -8,7 +8,7 @@ import traceback
 import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
-from tests.distributed import checks_fit, checks_sharding, checks_updates
+from tests.distributed import checks_fit, checks_refusals, checks_sharding, checks_updates
 
 
 def main():
@@ -16,7 +16,8 @@ def main():
     tf.config.threading.set_intra_op_parallelism_threads(1)
     assert hvd.size() == 2
     failed = False
-    checks = {**vars(checks_updates), **vars(checks_fit), **vars(checks_sharding)}
+    modules = (checks_updates, checks_fit, checks_sharding, checks_refusals)
+    checks = {name: check for module in modules for name, check in vars(module).items()}
     wanted = sys.argv[1:]
     for name, check in checks.items():
         if name in wanted or (name.startswith("check_") and not wanted):

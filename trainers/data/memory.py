@@ -36,6 +36,7 @@ def _tensorflow_dataset(name, counts, data_dir, download):
     """
     import tensorflow_datasets as tfds
 
+    data_dir = data_dir or tfds.core.constants.DATA_DIR
     try:
         train, test = tfds.load(
             name,
@@ -47,7 +48,7 @@ def _tensorflow_dataset(name, counts, data_dir, download):
         )
     except (AssertionError, tfds.core.registered.DatasetNotFoundError) as error:
         raise FileNotFoundError(
-            f"{name} is not prepared under --data_dir={data_dir or '~/tensorflow_datasets'}. "
+            f"{name} is not prepared under --data_dir={data_dir}. "
             "Pass --download, or the folder that holds it."
         ) from error
     except tf.errors.OpError as error:

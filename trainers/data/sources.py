@@ -174,6 +174,7 @@ def open_tfds(data_dir, image_size, max_corrupt_examples=0):
     """
     import tensorflow_datasets as tfds
 
+    data_dir = data_dir or tfds.core.constants.DATA_DIR
     # With a version TensorFlow Datasets looks for what lies on the disk, not for its newest one.
     builder = tfds.builder("imagenet2012:5.*.*", data_dir=data_dir)
     splits = builder.info.splits
