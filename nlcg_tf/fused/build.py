@@ -18,7 +18,8 @@ import tempfile
 
 HERE = pathlib.Path(__file__).parent
 LIBRARY = "libnlcg_update.so"
-SOURCES: tuple[str, ...] = ("nlcg_update.h", "nlcg_update_cpu.cc", "nlcg_update_op.cc")
+COMPILED = ("nlcg_update_cpu.cc", "nlcg_update_op.cc", "nlcg_update_interface.cc")
+SOURCES: tuple[str, ...] = (*COMPILED, "nlcg_update.h")
 SOURCES += ("nlcg_update_stages.h", "nlcg_update_sweeps.h")
 SOURCES += ("nlcg_update_inputs.h", "nlcg_update_devices.h")
 SOURCES += ("nlcg_update_cuda.h", "nlcg_update_cuda.cu", "build.py")
@@ -97,7 +98,7 @@ def _build(folder, tf, compiler, nvcc):
         record = pathlib.Path(work, "nlcg_build_info.cc")
         text = json.dumps(_record(info))
         record.write_text(f"extern __attribute__((used)) const char nlcg_build_info[] = {text};\n")
-        for source in (HERE / "nlcg_update_cpu.cc", HERE / "nlcg_update_op.cc", record):
+        for source in (*(HERE / name for name in COMPILED), record):
             objects.append(_object(work, source.name))
             command = [*shlex.split(compiler), *compile_flags, *defines, f"-I{HERE}"]
             commands.append([*command, "-c", str(source), "-o", objects[-1]])

@@ -134,26 +134,29 @@ NLCG_HOST_DEVICE int FirstSweep(const Settings& settings) {
   return UsesBfgs(settings) ? kSweepCurvature : kSweepDirection;
 }
 
-// The portion of an update that one call does. Where each worker has a shard of the parameters, the
-// sums of a sweep must be added up over all workers before the next sweep. A call then does one sweep,
-// after it has repeated the scalar work of those before it from their known sums. The other pointers
-// are like those of the update.
-constexpr int kAllSweeps = -1;
-struct Portion {
-  int sweep = kAllSweeps;
-  const double* known[kSweepStep] = {};  // for one sweep: the sums of those before, over all shards
-  double* sums = nullptr;                // for one sweep: where its sums over this shard go
-};
-
-// What one sweep tells the next; the new scalars wait here until the update is known to be done.
+// What one sweep tells the next; the new scalars wait here until the update is known to be done. Numbers
+// only: a caller may hand any bytes over.
 template <typename T>
 struct Stage {
-  bool skip, first, accepted;
+  int skip, first, accepted;  // 0 or 1
   T inv_ys, inv_shs, forget;
   T scale, beta, direction_factor, gradient_factor, alpha, learning_rate;
   T loss;
   double gain_ratio;
   T reals[kReals];
+};
+
+// Which call this is. Where each worker has a shard of the parameters, the sums of a sweep must be added
+// up over all workers before the next sweep. So a call does one sweep, and hands its sums and its stage
+// over to the next call. The pointers are like the others of the update; those of the stage may be
+// unaligned.
+constexpr int kAllSweeps = -1;
+struct Call {
+  int sweep = kAllSweeps;
+  const double* totals = nullptr;      // the sums of the call before over all shards; null: the first
+  const void* stage_before = nullptr;  // its stage
+  double* sums = nullptr;              // where the sums over this shard go
+  void* stage = nullptr;               // where the stage goes; the last call has none
 };
 
 NLCG_HOST_DEVICE bool Finite(double x) { return x - x == 0; }
@@ -168,7 +171,7 @@ using ParallelFor =
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                  const T* given, T* reals, int64_t* counts, const ParallelFor& parallel_for,
-                 const Portion& portion = {});
+                 const Call& call = {});
 
 }  // namespace nlcg
 

@@ -142,29 +142,30 @@ def update(optimizer, gradients, learning_rate, variables, positions, weight_dec
     with tf.device("CPU:0"):  # where the op reads them; on a GPU they would have to be fetched
         vector = tf.constant(_settings_vector(optimizer), tf.float64)
         weight_decays = tf.constant(weight_decays, tf.float64)
-    run = functools.partial(
-        module.nlcg_update,
-        weights=[v.handle for v in variables["weights"]],
-        slots=packed,
-        reals=variables["reals"].handle,
-        counts=variables["counts"].handle,
-        trust_ratios=[variables["trust_ratios"].handle] if optimizer.lars_coefficient else [],
-        curvature_sums=[v.handle for v in (variables.get("curvature_sums"),) if v is not None],
-        gradients=gradients,
-        preconditioned=preconditioned,
-        given=_given(optimizer, tf.cast(learning_rate, dtype), variables),
-        settings=vector,
-        weight_decays=weight_decays,
-        preconditioner=PRECONDITIONERS.get(type(optimizer.preconditioner), "given"),
-        positions=positions,
-        keep_slots=not tf.executing_eagerly(),
-        update_rule=optimizer.update_rule,
-        nesterov=optimizer.nesterov,
-    )
+    arguments = {
+        "weights": [v.handle for v in variables["weights"]],
+        "slots": packed,
+        "reals": variables["reals"].handle,
+        "counts": variables["counts"].handle,
+        "gradients": gradients,
+        "preconditioned": preconditioned,
+        "given": _given(optimizer, tf.cast(learning_rate, dtype), variables),
+        "settings": vector,
+        "weight_decays": weight_decays,
+        "preconditioner": PRECONDITIONERS.get(type(optimizer.preconditioner), "given"),
+        "update_rule": optimizer.update_rule,
+        "nesterov": optimizer.nesterov,
+        "keep_slots": not tf.executing_eagerly(),
+    }
     if optimizer.sums.is_divided:
-        _update_shards(run, optimizer, variables)
+        _update_shards(module, arguments, optimizer, variables)
     else:
-        run(known_sums=[])
+        module.nlcg_update(
+            trust_ratios=[variables["trust_ratios"].handle] if optimizer.lars_coefficient else [],
+            curvature_sums=[v.handle for v in (variables.get("curvature_sums"),) if v is not None],
+            positions=positions,
+            **arguments,
+        )
     if not known:
         _set_real(variables, "preconditioner_mean", mean)
         _assign_state(variables, state)
@@ -242,15 +243,17 @@ def _set_real(variables, name, value):
     variables["reals"].assign(tf.tensor_scatter_nd_update(reals, [[place]], [new]))
 
 
-def _update_shards(run, optimizer, variables):
-    """A sweep a call: between two of them this worker's sums become those over all parts."""
-    sweeps = ["curvature"] if isinstance(optimizer.preconditioner, DiagonalBFGS) else []
-    known = []
-    for sweep in [*sweeps, "direction", "step"]:
-        sums = run(sweep=sweep, known_sums=known)
-        known.append(optimizer.sums.over_workers(sums))
-    # The op could tell the cosine over its own part only.
-    _set_real(variables, "cosine", cosine(*tf.unstack(known[-1][:3])))
+def _update_shards(module, arguments, optimizer, variables):
+    """In calls: between two of them this worker's sums become those over all shards."""
+    over_workers = optimizer.sums.over_workers
+    totals, stage = [], []
+    if isinstance(optimizer.preconditioner, DiagonalBFGS):
+        sums, stage = module.nlcg_curvature(**arguments)
+        totals, stage = [over_workers(sums)], [stage]
+    sums, stage = module.nlcg_direction(totals=totals, stage_before=stage, **arguments)
+    sums = module.nlcg_step(totals=over_workers(sums), stage_before=stage, **arguments)
+    # The op could tell the cosine over its own shards only.
+    _set_real(variables, "cosine", cosine(*tf.unstack(over_workers(sums)[:3])))
 
 
 def _settings_vector(optimizer):

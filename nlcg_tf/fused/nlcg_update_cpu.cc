@@ -118,7 +118,7 @@ struct Chunk {
 template <typename T>
 bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                  const T* given, T* reals, int64_t* counts, const ParallelFor& parallel_for,
-                 const Portion& portion) {
+                 const Call& call) {
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < variables.size(); ++i) {
     for (int64_t begin = 0; begin < variables[i].size; begin += kChunk) {
@@ -144,16 +144,23 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
     return total;
   };
 
-  Begin(reals, counts, given, &stage);
-  for (int kind = FirstSweep(settings); kind <= kSweepStep; ++kind) {
-    Sums total = {};
-    if (kind < portion.sweep) {
-      std::memcpy(&total, portion.known[kind], sizeof(total));
-    } else if (!stage.skip) {
-      total = sweep(Sweep(kind));
+  int kind = FirstSweep(settings);
+  if (call.totals == nullptr) {
+    Begin(reals, counts, given, &stage);
+  } else {
+    Sums totals;
+    std::memcpy(&totals, call.totals, sizeof(totals));
+    std::memcpy(&stage, call.stage_before, sizeof(stage));
+    kind = call.sweep;
+    Finish(settings, kind - 1, given, totals, &stage, reals, counts);
+  }
+  for (; kind <= kSweepStep; ++kind) {
+    const Sums total = stage.skip ? Sums{} : sweep(Sweep(kind));
+    if (kind == call.sweep) std::memcpy(call.sums, &total, sizeof(total));
+    if (kind == call.sweep && kind != kSweepStep) {
+      std::memcpy(call.stage, &stage, sizeof(stage));
+      return false;
     }
-    if (kind == portion.sweep) std::memcpy(portion.sums, &total, sizeof(total));
-    if (kind == portion.sweep && kind != kSweepStep) return false;
     Finish(settings, kind, given, total, &stage, reals, counts);
   }
   if (stage.skip) return false;
@@ -167,9 +174,8 @@ bool UpdateOnCpu(const Settings& settings, const std::vector<Variable<T>>& varia
 }
 
 template bool UpdateOnCpu<float>(const Settings&, const std::vector<Variable<float>>&, const float*,
-                                 float*, int64_t*, const ParallelFor&, const Portion&);
+                                 float*, int64_t*, const ParallelFor&, const Call&);
 template bool UpdateOnCpu<double>(const Settings&, const std::vector<Variable<double>>&,
-                                  const double*, double*, int64_t*, const ParallelFor&,
-                                  const Portion&);
+                                  const double*, double*, int64_t*, const ParallelFor&, const Call&);
 
 }  // namespace nlcg

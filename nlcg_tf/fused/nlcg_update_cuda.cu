@@ -147,23 +147,20 @@ struct Scalars {
   int64_t* counts;
 };
 
-// Repeats the scalar work of the sweeps before this one.
+// Goes on where the call before ended: with the scalar work that follows its sweep.
 template <typename T>
-__global__ void RecallKernel(Settings settings, Portion portion, Scalars<T> scalars,
-                             Stage<T>* stage) {
-  Begin(scalars.reals, scalars.counts, scalars.given, stage);
-  for (int kind = FirstSweep(settings); kind < portion.sweep; ++kind) {
-    Sums known;
-    for (int i = 0; i < kSums; ++i) known.values[i] = portion.known[kind][i];
-    Finish(settings, kind, scalars.given, known, stage, scalars.reals, scalars.counts);
-  }
+__global__ void ResumeKernel(Settings settings, Call call, Scalars<T> scalars, Stage<T>* stage) {
+  memcpy(stage, call.stage_before, sizeof(*stage));
+  Sums totals;
+  for (int i = 0; i < kSums; ++i) totals.values[i] = call.totals[i];
+  Finish(settings, call.sweep - 1, scalars.given, totals, stage, scalars.reals, scalars.counts);
 }
 
 // Block 0 adds up the chunks of a sweep and does the scalar work that follows it. After sweep 3 there
 // is a block for each variable besides: its LARS factor, and its sums for the next update.
 template <typename T, int kSweep>
 __global__ void __launch_bounds__(kSumThreads)
-    FinishKernel(Settings settings, Portion portion, Scratch<T> scratch, Scalars<T> scalars) {
+    FinishKernel(Settings settings, Call call, Scratch<T> scratch, Scalars<T> scalars) {
   __shared__ double shared[kSumThreads];
   Stage<T>* stage = scratch.stage;
   if (blockIdx.x > 0) {
@@ -177,23 +174,24 @@ __global__ void __launch_bounds__(kSumThreads)
   const Sums total = SumChunks(scratch.sums, 0, scratch.chunks, shared);
   if (threadIdx.x != 0) return;
   if (kSweep == FirstSweep(settings)) Begin(scalars.reals, scalars.counts, scalars.given, stage);
-  if (kSweep == portion.sweep) {
+  if (kSweep == call.sweep) {
     // A sweep that was skipped left nothing to add up.
-    for (int i = 0; i < kSums; ++i) portion.sums[i] = stage->skip ? 0 : total.values[i];
-    if (kSweep != kSweepStep) return;
+    for (int i = 0; i < kSums; ++i) call.sums[i] = stage->skip ? 0 : total.values[i];
+  }
+  if (kSweep == call.sweep && kSweep != kSweepStep) {
+    memcpy(call.stage, stage, sizeof(*stage));
+    return;
   }
   Finish(settings, kSweep, scalars.given, total, stage, scalars.reals, scalars.counts);
 }
 
 // All launches of a call but those that write the table.
 template <typename T, int kPreconditioner>
-void Launch(const Settings& settings, const Portion& portion, const Scratch<T>& scratch,
+void Launch(const Settings& settings, const Call& call, const Scratch<T>& scratch,
             const Scalars<T>& scalars, cudaStream_t stream) {
   const int blocks = static_cast<int>(scratch.chunks);
   const bool keeps = settings.lars_coefficient > 0 || KeepsSums(settings);
-  const auto has = [&portion](int kind) {
-    return portion.sweep == kAllSweeps || portion.sweep == kind;
-  };
+  const auto has = [&call](int kind) { return call.sweep == kAllSweeps || call.sweep == kind; };
 #define NLCG_SWEEP(kind)                                                     \
   if (blocks > 0) {                                                          \
     SweepKernel<T, kind, kPreconditioner>                                    \
@@ -201,9 +199,9 @@ void Launch(const Settings& settings, const Portion& portion, const Scratch<T>& 
   }
 #define NLCG_FINISH(kind, extra_blocks) \
   FinishKernel<T, kind>                 \
-      <<<1 + (extra_blocks), kSumThreads, 0, stream>>>(settings, portion, scratch, scalars)
-  if (portion.sweep > FirstSweep(settings)) {
-    RecallKernel<T><<<1, 1, 0, stream>>>(settings, portion, scalars, scratch.stage);
+      <<<1 + (extra_blocks), kSumThreads, 0, stream>>>(settings, call, scratch, scalars)
+  if (call.totals != nullptr) {
+    ResumeKernel<T><<<1, 1, 0, stream>>>(settings, call, scalars, scratch.stage);
   }
   if (kPreconditioner == kBfgs && has(kSweepCurvature)) {
     NLCG_SWEEP(kSweepCurvature);
@@ -239,7 +237,7 @@ size_t GpuScratchBytes(const std::vector<Variable<T>>& variables) {
 template <typename T>
 const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>& variables,
                         const T* given, T* reals, int64_t* counts, void* scratch_memory,
-                        void* stream_pointer, const Portion& portion) {
+                        void* stream_pointer, const Call& call) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   char* memory = static_cast<char*>(scratch_memory);
   Scratch<T> scratch;
@@ -272,7 +270,7 @@ const char* UpdateOnGpu(const Settings& settings, const std::vector<Variable<T>>
   const auto launch = UsesBfgs(settings)                  ? Launch<T, kBfgs>
                       : settings.preconditioner == kGiven ? Launch<T, kGiven>
                                                           : Launch<T, kIdentity>;
-  launch(settings, portion, scratch, {given, reals, counts}, stream);
+  launch(settings, call, scratch, {given, reals, counts}, stream);
   return Describe(cudaGetLastError());
 }
 
@@ -284,10 +282,9 @@ const char* CopyOnGpu(void* to, const void* from, size_t bytes, void* stream) {
 template size_t GpuScratchBytes<float>(const std::vector<Variable<float>>&);
 template size_t GpuScratchBytes<double>(const std::vector<Variable<double>>&);
 template const char* UpdateOnGpu<float>(const Settings&, const std::vector<Variable<float>>&,
-                                        const float*, float*, int64_t*, void*, void*,
-                                        const Portion&);
+                                        const float*, float*, int64_t*, void*, void*, const Call&);
 template const char* UpdateOnGpu<double>(const Settings&, const std::vector<Variable<double>>&,
                                          const double*, double*, int64_t*, void*, void*,
-                                         const Portion&);
+                                         const Call&);
 
 }  // namespace nlcg

@@ -28,7 +28,7 @@ struct CpuDevice {
   // Returns whether the weights were updated, which the CPU knows and a GPU does not without waiting.
   static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
                      const std::vector<nlcg::Variable<T>>& variables, const T* given, T* reals,
-                     int64_t* counts, const nlcg::Portion& portion) {
+                     int64_t* counts, const nlcg::Call& call) {
     auto* workers = ctx->device()->tensorflow_cpu_worker_threads();
     int64_t size = 0;
     for (const nlcg::Variable<T>& v : variables) size += v.size;
@@ -44,7 +44,7 @@ struct CpuDevice {
               work(begin, end);
             });
     };
-    return nlcg::UpdateOnCpu<T>(settings, variables, given, reals, counts, parallel_for, portion);
+    return nlcg::UpdateOnCpu<T>(settings, variables, given, reals, counts, parallel_for, call);
   }
   static constexpr bool kKnowsOutcome = true;
 };
@@ -65,13 +65,13 @@ struct GpuDevice {
   }
   static bool Update(OpKernelContext* ctx, const nlcg::Settings& settings,
                      const std::vector<nlcg::Variable<T>>& variables, const T* given, T* reals,
-                     int64_t* counts, const nlcg::Portion& portion) {
+                     int64_t* counts, const nlcg::Call& call) {
     Tensor scratch;
     const int64_t bytes = nlcg::GpuScratchBytes(variables);
     absl::Status status = ctx->allocate_temp(DT_INT8, TensorShape({bytes}), &scratch);
     if (status.ok()) {
       status = GpuStatus(nlcg::UpdateOnGpu(settings, variables, given, reals, counts,
-                                           scratch.data(), Stream(ctx), portion));
+                                           scratch.data(), Stream(ctx), call));
     }
     if (!status.ok()) ctx->SetStatus(status);
     return false;

@@ -19,17 +19,17 @@ struct Layout {
   int n;        // weights; as many of each kind of slot
   int slots;    // of all kinds
   int singles;  // variables that there are once, not for each of the weights
-  bool keeps_gradient, has_diagonal, is_given, has_ratios, has_sums;
+  bool keeps_gradient, has_diagonal, is_given, has_ratios, has_sums, resumes;
   struct {
-    int slots, gradients, preconditioned, given, settings, weight_decays, known_sums;
+    int slots, gradients, preconditioned, given, settings, weight_decays, totals, stage_before;
   } input;
   struct {
     int directions, previous, diagonals, reals, counts, ratios, sums, end;
   } variable;  // the weights are the first
 
   Layout() = default;
-  Layout(const nlcg::Settings& settings, int n, bool has_ratios, bool has_sums)
-      : n(n), has_ratios(has_ratios), has_sums(has_sums) {
+  Layout(const nlcg::Settings& settings, int n, bool has_ratios, bool has_sums, bool resumes)
+      : n(n), has_ratios(has_ratios), has_sums(has_sums), resumes(resumes) {
     keeps_gradient = nlcg::KeepsGradient(settings);
     has_diagonal = nlcg::UsesBfgs(settings);
     is_given = settings.preconditioner == nlcg::kGiven;
@@ -41,7 +41,8 @@ struct Layout {
     input.given = input.preconditioned + (is_given ? n : 0);
     input.settings = input.given + 1;
     input.weight_decays = input.settings + 1;
-    input.known_sums = input.weight_decays + 1;
+    input.totals = input.weight_decays + 1;
+    input.stage_before = input.totals + 1;
     variable.directions = n;
     variable.previous = 2 * n;
     variable.diagonals = (2 + keeps_gradient) * n;
@@ -120,10 +121,13 @@ absl::Status ReadInputs(OpKernelContext* ctx, const Layout& layout, nlcg::Settin
   if (decays != layout.n) {
     return Invalid("NlcgUpdate: ", decays, " weight_decays for ", layout.n, " weights");
   }
-  for (int i = input.known_sums; i < ctx->num_inputs(); ++i) {
-    if (ctx->input(i).shape() != TensorShape({nlcg::kSums})) {
-      return Invalid("NlcgUpdate: known_sums must be vectors of ", nlcg::kSums, ", got ",
-                     ctx->input(i).shape().DebugString());
+  if (layout.resumes) {
+    const TensorShape& totals = ctx->input(input.totals).shape();
+    const TensorShape& stage = ctx->input(input.stage_before).shape();
+    if (totals != TensorShape({nlcg::kSums}) || stage != TensorShape({sizeof(nlcg::Stage<T>)})) {
+      return Invalid("NlcgUpdate: totals and stage_before must be vectors of ", nlcg::kSums, " and ",
+                     sizeof(nlcg::Stage<T>), ", got ", totals.DebugString(), " and ",
+                     stage.DebugString());
     }
   }
   for (int i = 0; layout.is_given && i < layout.n; ++i) {

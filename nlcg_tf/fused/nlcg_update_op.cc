@@ -1,4 +1,4 @@
-// The TensorFlow op: registration, and around an update the look-up and locking of the variables.
+// The kernels of the ops: around an update the look-up and locking of the variables.
 
 #include <algorithm>
 #include <memory>
@@ -9,100 +9,12 @@
 #include "nlcg_update.h"
 #include "nlcg_update_devices.h"
 #include "nlcg_update_inputs.h"
-#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/resource_var.h"
-#include "tensorflow/core/framework/shape_inference.h"
 
 namespace tensorflow {
 namespace nlcg_op {
-
-using shape_inference::InferenceContext;
-using shape_inference::ShapeHandle;
-
-REGISTER_OP("NlcgUpdate")
-    .Input("weights: n * resource")
-    .Input("slots: resource")
-    .Input("reals: resource")
-    .Input("counts: resource")
-    .Input("trust_ratios: r * resource")
-    .Input("curvature_sums: c * resource")
-    .Input("gradients: n * T")
-    .Input("preconditioned: p * T")
-    .Input("given: T")
-    .Input("settings: double")
-    .Input("weight_decays: double")
-    .Input("known_sums: k * double")
-    .Output("sums: double")
-    .Attr("n: int >= 0")
-    .Attr("r: int >= 0")
-    .Attr("c: int >= 0")
-    .Attr("p: int >= 0")
-    .Attr("k: int >= 0 = 0")
-    .Attr("preconditioner: {'none', 'bfgs', 'normalized_bfgs', 'given'}")
-    .Attr("T: {float, double}")
-    .Attr("positions: list(int)")
-    .Attr("keep_slots: bool")
-    .Attr("update_rule: {'fletcher_reeves', 'polak_ribiere', 'blended', 'momentum'}")
-    .Attr("nesterov: bool")
-    .Attr("sweep: {'all', 'curvature', 'direction', 'step'} = 'all'")
-    .SetIsStateful()
-    .SetShapeFn([](InferenceContext* c) {
-      ShapeHandle unused;
-      for (const char* name : {"slots", "given", "settings", "weight_decays"}) {
-        std::vector<ShapeHandle> shapes;
-        TF_RETURN_IF_ERROR(c->input(name, &shapes));
-        TF_RETURN_IF_ERROR(c->WithRank(shapes[0], 1, &unused));
-      }
-      std::string sweep;
-      TF_RETURN_IF_ERROR(c->GetAttr("sweep", &sweep));
-      c->set_output(0, c->Vector(sweep == "all" ? 0 : nlcg::kSums));
-      return absl::OkStatus();
-    })
-    .Doc(R"doc(
-One NLCG update of all variables of a model. See nlcg_update.py for the Python interface.
-
-weights: float variables of the shapes of `gradients`.
-slots: handles from NlcgPackHandles, n of each: the directions; with BFGS, or the rules
-  'polak_ribiere' and 'blended', the previous gradients; with BFGS the diagonal of the Hessian.
-preconditioned: with the preconditioner 'given' what it made of each gradient, otherwise none. Such a
-  one goes with the rules 'fletcher_reeves' and 'momentum'.
-reals: vector variable of type T: what the enum Real in nlcg_update.h lists, and the line search's.
-counts: int64 vector variable: updates, skipped, rejected, last update applied.
-trust_ratios: one vector variable of type T with LARS scaling, otherwise none.
-curvature_sums: one variable of type T and shape (variables, 4) with BFGS and without `nesterov`, or
-  none; otherwise none.
-given: the learning rate; that times the line search's scale; the loss, or 0 where the settings need
-  none; and what the line search keeps, which is written behind the reals.
-settings: epsilon, LARS coefficient, momentum of the rules that have one, decay of the preconditioner.
-weight_decays: one for each variable.
-positions: where each variable stands in `trust_ratios` and `curvature_sums`.
-known_sums: for one sweep, what those before it gave as `sums`, added up over all workers.
-sums: for one sweep its sums over these variables, otherwise empty.
-sweep: which part of the update to do, for workers of which each has a shard of the parameters: with BFGS
-  "curvature", "direction" and "step" in this order, otherwise the last two. All other inputs are the
-  same each time. The cosine that "step" leaves in `reals` is that of these variables alone.
-keep_slots: whether the kernel remembers the slots, for a graph that is run again and again.
-)doc");
-
-// A graph pays some microseconds for each handle that it captures, more than the arithmetic of a small
-// variable. Weights must come one by one, for TensorFlow orders the op among their other uses; the
-// slots, which nothing else in a training step touches, come as one tensor of handles. So a function
-// that updates and also reads or writes a slot may do so before or after the update; outside the
-// function all is in order.
-REGISTER_OP("NlcgPackHandles")
-    .Input("handles: n * resource")
-    .Output("packed: resource")
-    .Attr("n: int >= 1")
-    .SetIsStateful()
-    .SetShapeFn([](InferenceContext* c) {
-      c->set_output(0, c->Vector(c->num_inputs()));
-      return absl::OkStatus();
-    })
-    .Doc(R"doc(
-Packs the handles of variables into one vector of handles, which keeps them alive.
-)doc");
 
 namespace {
 
@@ -126,23 +38,26 @@ REGISTER_KERNEL_BUILDER(
     NlcgPackHandlesOp);
 #endif
 
-template <typename Device, typename T>
+// `kSweep`: the one that the call does, or all.
+template <typename Device, typename T, int kSweep>
 class NlcgUpdateOp : public OpKernel {
  public:
   explicit NlcgUpdateOp(OpKernelConstruction* ctx) : OpKernel(ctx) {
-    int n, r, c, p, k;
-    std::string preconditioner, rule, sweep;
+    int n, p, r = 0, c = 0;
+    std::string preconditioner, rule;
     settings_ = {};
     OP_REQUIRES_OK(ctx, ctx->GetAttr("n", &n));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("preconditioner", &preconditioner));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("c", &c));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("p", &p));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("k", &k));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("sweep", &sweep));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("nesterov", &settings_.nesterov));
-    OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
     OP_REQUIRES_OK(ctx, ctx->GetAttr("keep_slots", &keep_slots_));
+    if (kSweep == nlcg::kAllSweeps) {
+      OP_REQUIRES_OK(ctx, ctx->GetAttr("r", &r));
+      OP_REQUIRES_OK(ctx, ctx->GetAttr("c", &c));
+      OP_REQUIRES_OK(ctx, ctx->GetAttr("positions", &positions_));
+      OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n,
+                  Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n, " weights"));
+    }
     OP_REQUIRES_OK(ctx, ctx->GetAttr("update_rule", &rule));
     const auto place = [](const std::string& name, const std::vector<std::string>& names) {
       return static_cast<int>(std::find(names.begin(), names.end(), name) - names.begin());
@@ -162,15 +77,17 @@ class NlcgUpdateOp : public OpKernel {
                 Invalid("NlcgUpdate: curvature_sums must be at most one variable with BFGS and "
                         "without nesterov, otherwise none, got ",
                         c));
-    sweep_ = place(sweep, {"all", "curvature", "direction", "step"}) - 1;
-    const int before = sweep == "all" ? 0 : sweep_ - nlcg::FirstSweep(settings_);
-    OP_REQUIRES(ctx, before >= 0 && k == before && (sweep == "all" || (r == 0 && c == 0)),
-                Invalid("NlcgUpdate: sweep '", sweep, "' of preconditioner '", preconditioner,
-                        "' does not go with ", k, " known_sums, ", r, " trust_ratios and ", c,
-                        " curvature_sums"));
-    OP_REQUIRES(ctx, static_cast<int>(positions_.size()) == n,
-                Invalid("NlcgUpdate: ", positions_.size(), " positions for ", n, " weights"));
-    layout_ = Layout(settings_, n, r == 1, c == 1);
+    OP_REQUIRES(ctx, kSweep == nlcg::kAllSweeps || kSweep >= nlcg::FirstSweep(settings_),
+                Invalid("NlcgCurvature: preconditioner '", preconditioner, "' has no such call"));
+    const bool resumes = kSweep > nlcg::FirstSweep(settings_);
+    if (kSweep == nlcg::kSweepDirection) {
+      int k;
+      OP_REQUIRES_OK(ctx, ctx->GetAttr("k", &k));
+      OP_REQUIRES(ctx, k == resumes,
+                  Invalid("NlcgDirection: preconditioner '", preconditioner, "' needs ",
+                          resumes ? "one" : "no", " totals and stage_before, got ", k));
+    }
+    layout_ = Layout(settings_, n, r == 1, c == 1, resumes);
   }
 
   void Compute(OpKernelContext* ctx) override {
@@ -190,13 +107,11 @@ class NlcgUpdateOp : public OpKernel {
     OP_REQUIRES_OK(ctx, CheckVariables<T>(ctx, layout_, settings, positions_, vars));
     Adopted adopted = AdoptGradients(ctx);
     OP_REQUIRES_OK(ctx, CopyShared(ctx, vars, adopted));
-    Tensor* sums = nullptr;
-    const int64_t numbers = sweep_ == nlcg::kAllSweeps ? 0 : nlcg::kSums;
-    OP_REQUIRES_OK(ctx, ctx->allocate_output(0, TensorShape({numbers}), &sums));
-    const bool applied =
-        Device::Update(ctx, settings, KernelVariables(ctx, vars, adopted),
-                       Input(ctx, layout_.input.given), Data<T>(vars[layout_.variable.reals]),
-                       Data<int64_t>(vars[layout_.variable.counts]), MakePortion(ctx, sums));
+    nlcg::Call call;
+    OP_REQUIRES_OK(ctx, MakeCall(ctx, &call));
+    const bool applied = Device::Update(
+        ctx, settings, KernelVariables(ctx, vars, adopted), Input(ctx, layout_.input.given),
+        Data<T>(vars[layout_.variable.reals]), Data<int64_t>(vars[layout_.variable.counts]), call);
     if (applied) KeepAdopted(vars, &adopted);
   }
 
@@ -265,20 +180,28 @@ class NlcgUpdateOp : public OpKernel {
     return absl::OkStatus();
   }
 
-  nlcg::Portion MakePortion(OpKernelContext* ctx, Tensor* sums) const {
-    nlcg::Portion portion;
-    portion.sweep = sweep_;
-    portion.sums = sums->flat<double>().data();
-    const int first = nlcg::FirstSweep(settings_);
-    for (int i = first; i < sweep_; ++i) {
-      portion.known[i] = ctx->input(layout_.input.known_sums + i - first).flat<double>().data();
+  // With the memory of the outputs.
+  absl::Status MakeCall(OpKernelContext* ctx, nlcg::Call* call) const {
+    if (kSweep == nlcg::kAllSweeps) return absl::OkStatus();
+    call->sweep = kSweep;
+    if (layout_.resumes) {
+      call->totals = ctx->input(layout_.input.totals).flat<double>().data();
+      call->stage_before = ctx->input(layout_.input.stage_before).data();
     }
-    return portion;
+    Tensor* sums = nullptr;
+    TF_RETURN_IF_ERROR(ctx->allocate_output(0, TensorShape({nlcg::kSums}), &sums));
+    call->sums = sums->flat<double>().data();
+    if (kSweep == nlcg::kSweepStep) return absl::OkStatus();
+    Tensor* stage = nullptr;
+    const TensorShape bytes({sizeof(nlcg::Stage<T>)});
+    TF_RETURN_IF_ERROR(ctx->allocate_output(1, bytes, &stage));
+    call->stage = stage->data();
+    return absl::OkStatus();
   }
 
   Adopted AdoptGradients(OpKernelContext* ctx) const {
     Adopted adopted(layout_.n);
-    const bool is_last = sweep_ == nlcg::kAllSweeps || sweep_ == nlcg::kSweepStep;
+    const bool is_last = kSweep == nlcg::kAllSweeps || kSweep == nlcg::kSweepStep;
     if (!Device::kKnowsOutcome || !layout_.keeps_gradient || !is_last) return adopted;
     for (int i = 0; i < layout_.n; ++i) {
       const int gradient = layout_.input.gradients + i;
@@ -362,37 +285,36 @@ class NlcgUpdateOp : public OpKernel {
 
   Layout layout_;
   bool keep_slots_;
-  int sweep_;
   std::vector<int64_t> positions_;
   nlcg::Settings settings_;
   mutex mu_;
   std::shared_ptr<Slots> slots_;
 };
 
-#define NLCG_REGISTER_CPU(T)                                                            \
-  REGISTER_KERNEL_BUILDER(Name("NlcgUpdate").Device(DEVICE_CPU).TypeConstraint<T>("T"), \
-                          NlcgUpdateOp<CpuDevice<T>, T>)
-NLCG_REGISTER_CPU(float);
-NLCG_REGISTER_CPU(double);
-#undef NLCG_REGISTER_CPU
+#define NLCG_CPU(name) Name(name).Device(DEVICE_CPU)
+#define NLCG_GPU(name)        \
+  Name(name)                  \
+      .Device(DEVICE_GPU)     \
+      .HostMemory("weights")  \
+      .HostMemory("slots")    \
+      .HostMemory("reals")    \
+      .HostMemory("counts")   \
+      .HostMemory("settings") \
+      .HostMemory("weight_decays")
+#define NLCG_REGISTER(kernel, Device, T, sweep) \
+  REGISTER_KERNEL_BUILDER(kernel.TypeConstraint<T>("T"), NlcgUpdateOp<Device<T>, T, nlcg::sweep>)
+#define NLCG_REGISTER_CALLS(ON_DEVICE, WHOLE, Device, T)                 \
+  NLCG_REGISTER(WHOLE, Device, T, kAllSweeps);                           \
+  NLCG_REGISTER(ON_DEVICE("NlcgCurvature"), Device, T, kSweepCurvature); \
+  NLCG_REGISTER(ON_DEVICE("NlcgDirection"), Device, T, kSweepDirection); \
+  NLCG_REGISTER(ON_DEVICE("NlcgStep"), Device, T, kSweepStep)
 
+NLCG_REGISTER_CALLS(NLCG_CPU, NLCG_CPU("NlcgUpdate"), CpuDevice, float);
+NLCG_REGISTER_CALLS(NLCG_CPU, NLCG_CPU("NlcgUpdate"), CpuDevice, double);
 #if NLCG_CUDA
-#define NLCG_REGISTER_GPU(T)                                \
-  REGISTER_KERNEL_BUILDER(Name("NlcgUpdate")                \
-                              .Device(DEVICE_GPU)           \
-                              .HostMemory("weights")        \
-                              .HostMemory("slots")          \
-                              .HostMemory("reals")          \
-                              .HostMemory("counts")         \
-                              .HostMemory("trust_ratios")   \
-                              .HostMemory("curvature_sums") \
-                              .HostMemory("settings")       \
-                              .HostMemory("weight_decays")  \
-                              .TypeConstraint<T>("T"),      \
-                          NlcgUpdateOp<GpuDevice<T>, T>)
-NLCG_REGISTER_GPU(float);
-NLCG_REGISTER_GPU(double);
-#undef NLCG_REGISTER_GPU
+#define NLCG_WHOLE NLCG_GPU("NlcgUpdate").HostMemory("trust_ratios").HostMemory("curvature_sums")
+NLCG_REGISTER_CALLS(NLCG_GPU, NLCG_WHOLE, GpuDevice, float);
+NLCG_REGISTER_CALLS(NLCG_GPU, NLCG_WHOLE, GpuDevice, double);
 #endif
 
 }  // namespace

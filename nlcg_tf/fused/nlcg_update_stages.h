@@ -40,10 +40,10 @@ struct Previous {
 template <typename T>
 NLCG_HOST_DEVICE void Begin(const T* reals, const int64_t* counts, const T* given,
                             Stage<T>* stage) {
+  *stage = {};
   stage->first = counts[kUpdates] == 0;
   for (int i = kLastLoss; i <= kMeanUpdateNorm; ++i) stage->reals[i] = reals[i];
   stage->loss = given[kLoss];
-  stage->gain_ratio = 0;
   stage->learning_rate = given[kLearningRate];
   stage->alpha = stage->reals[kStepSize] = given[kScaledRate];
   stage->skip = !Finite(stage->alpha) || !Finite(stage->loss);

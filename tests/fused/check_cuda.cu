@@ -8,23 +8,30 @@ namespace {
 
 // `one_by_one`: a call for each sweep, as workers do of which each has a part of the parameters.
 template <typename T>
-const char* UpdateBySweeps(const nlcg::Settings& settings,
-                           const std::vector<nlcg::Variable<T>>& variables, const T* given,
-                           T* reals, int64_t* counts, void* scratch, size_t bytes) {
-  double* sums;
-  if (cudaMalloc(reinterpret_cast<void**>(&sums), 3 * sizeof(nlcg::Sums)) != cudaSuccess) {
+const char* UpdateByCalls(const nlcg::Settings& settings,
+                          const std::vector<nlcg::Variable<T>>& variables, const T* given, T* reals,
+                          int64_t* counts, void* scratch, size_t bytes) {
+  struct Outputs {
+    nlcg::Sums sums;
+    nlcg::Stage<T> stage;
+  };
+  Outputs* outputs;
+  if (cudaMalloc(reinterpret_cast<void**>(&outputs), 3 * sizeof(Outputs)) != cudaSuccess) {
     return "out of memory";
   }
-  nlcg::Portion portion;
-  for (int i = 0; i < nlcg::kSweepStep; ++i) portion.known[i] = sums + nlcg::kSums * i;
+  nlcg::Call call;
   const char* error = nullptr;
-  for (portion.sweep = nlcg::FirstSweep(settings); portion.sweep <= nlcg::kSweepStep && !error;
-       ++portion.sweep) {
-    portion.sums = sums + nlcg::kSums * portion.sweep;
-    cudaMemset(scratch, 0xFF, bytes);  // nothing is left there for the next sweep
-    error = nlcg::UpdateOnGpu(settings, variables, given, reals, counts, scratch, nullptr, portion);
+  for (call.sweep = nlcg::FirstSweep(settings); call.sweep <= nlcg::kSweepStep && !error;
+       ++call.sweep) {
+    Outputs* const own = outputs + call.sweep;
+    call.sums = own->sums.values;
+    call.stage = &own->stage;
+    cudaMemset(scratch, 0xFF, bytes);  // nothing is left there for the next call
+    error = nlcg::UpdateOnGpu(settings, variables, given, reals, counts, scratch, nullptr, call);
+    call.totals = call.sums;
+    call.stage_before = call.stage;
   }
-  cudaFree(sums);  // waits
+  cudaFree(outputs);  // waits
   return error;
 }
 
@@ -58,7 +65,7 @@ const char* Update(const nlcg::Settings* settings, bool fresh, bool one_by_one, 
     cudaMemset(scratch, 0xFF, bytes);
   }
   const char* error =
-      one_by_one ? UpdateBySweeps(*settings, variables, given, reals, counts, scratch, bytes)
+      one_by_one ? UpdateByCalls(*settings, variables, given, reals, counts, scratch, bytes)
                  : nlcg::UpdateOnGpu(*settings, variables, given, reals, counts, scratch, nullptr);
   if (fresh) {
     cudaFree(scratch);  // waits

@@ -83,19 +83,21 @@ void UpdateInHalves(const Settings& settings, const std::vector<T>& given, Buffe
   }
   auto reals = b->reals;
   auto counts = b->counts;
-  nlcg::Sums known[3] = {}, sums = {};
-  nlcg::Portion portion;
-  portion.sums = sums.values;
-  for (int i = 0; i < nlcg::kSweepStep; ++i) portion.known[i] = known[i].values;
-  for (portion.sweep = nlcg::FirstSweep(settings); portion.sweep <= nlcg::kSweepStep;
-       ++portion.sweep) {
+  nlcg::Sums totals[3] = {}, sums = {};
+  nlcg::Stage<T> stages[2][3];
+  nlcg::Call call;
+  call.sums = sums.values;
+  for (call.sweep = nlcg::FirstSweep(settings); call.sweep <= nlcg::kSweepStep; ++call.sweep) {
     for (int i = 0; i < 2; ++i) {
+      call.stage = &stages[i][call.sweep];
+      if (call.totals != nullptr) call.stage_before = &stages[i][call.sweep - 1];
       const bool done = nlcg::UpdateOnCpu<T>(
           settings, halves[i], given.data(), i == 0 ? b->reals.data() : reals.data(),
-          i == 0 ? b->counts.data() : counts.data(), Threads(2), portion);
-      CHECK(done == (portion.sweep == nlcg::kSweepStep));
-      for (int j = 0; j < nlcg::kSums; ++j) known[portion.sweep].values[j] += sums.values[j];
+          i == 0 ? b->counts.data() : counts.data(), Threads(2), call);
+      CHECK(done == (call.sweep == nlcg::kSweepStep));
+      for (int j = 0; j < nlcg::kSums; ++j) totals[call.sweep].values[j] += sums.values[j];
     }
+    call.totals = totals[call.sweep].values;
   }
   // They agree in all but the cosine, which each can tell of its half only.
   reals[nlcg::kCosine] = b->reals[nlcg::kCosine];

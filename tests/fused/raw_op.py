@@ -7,6 +7,8 @@ from nlcg_tf.reference import REALS
 
 SHAPES = [(3, 4), (), (0,), (7,)]
 SEARCHED = 2  # scalars of a line search
+SUMS = 11  # of a call for shards
+STAGE_BYTES = {tf.float32: 120, tf.float64: 216}
 LENGTH = len(REALS) + SEARCHED
 
 
@@ -49,7 +51,7 @@ class Call:
             "given": tf.constant([0.1, 0.05, 1.0, 0.5, 1.0], dtype),
             "settings": _settings(1e-8, lars),
             "weight_decays": tf.zeros(len(SHAPES), tf.float64),
-            "known_sums": [],
+            "op": "nlcg_update",
             "preconditioner": preconditioner,
             "positions": list(range(len(SHAPES))),
             "update_rule": update_rule,
@@ -57,16 +59,18 @@ class Call:
         }
 
     def run(self, library, graph=False):
-        """Runs the op; raises what it raises."""
+        """Runs the op; returns what it returns, raises what it raises."""
 
         def call():
             arguments = dict(self.arguments)
+            op = getattr(library, arguments.pop("op"))
             if isinstance(arguments["slots"], list):
                 with tf.init_scope():
                     arguments["slots"] = library.nlcg_pack_handles(arguments["slots"])
-            library.nlcg_update(keep_slots=graph, **arguments)
+            outputs = op(keep_slots=graph, **arguments)
+            return None if self.arguments["op"] == "nlcg_update" else outputs  # it has none
 
-        (tf.function(call) if graph else call)()
+        return (tf.function(call) if graph else call)()
 
     def bits(self):
         return [_bits(v) for v in self.variables]
@@ -97,12 +101,28 @@ def _replace(name, index, value):
     return spoil
 
 
-def _sweep(sweep, known):
-    def spoil(call):
-        call.arguments.update(sweep=sweep, known_sums=known)
-        call.arguments.update(curvature_sums=[], trust_ratios=[])
+def for_shards(op, **handed_over):
+    """Makes a call for shards of a call for whole variables."""
 
-    return spoil
+    def change(call):
+        for name in ("trust_ratios", "curvature_sums", "positions", "totals", "stage_before"):
+            call.arguments.pop(name, None)
+        call.arguments.update(op=op, **handed_over)
+
+    return change
+
+
+TOTALS = tf.zeros(SUMS, tf.float64)
+STAGE = tf.zeros(STAGE_BYTES[tf.float32], tf.int8)
+
+
+def _direction(totals=(TOTALS,), stage_before=(STAGE,)):
+    """The second call for shards with BFGS."""
+    return for_shards("nlcg_direction", totals=totals, stage_before=stage_before)
+
+
+def _step(**handed_over):
+    return for_shards("nlcg_step", **{"totals": TOTALS, "stage_before": STAGE, **handed_over})
 
 
 def _uninitialized(shape=(3, 4), dtype=tf.float32):
@@ -213,12 +233,14 @@ SPOILERS = {
         "slots", lambda call: tf.reshape(tf.stack(call.arguments["slots"]), (3, -1))
     ),
     "no slot handles": _set("slots", _no_handle),
-    "an unknown sweep": _set("sweep", "fourth"),
-    "a sweep of a part beside sums of whole variables": _set("sweep", "curvature"),
-    "a sweep without what the one before found": _sweep("direction", []),
-    "sums of a sweep that is not there": _set("known_sums", [tf.zeros(11, tf.float64)]),
-    "sums of too few numbers": _sweep("direction", [tf.zeros(10, tf.float64)]),
-    "a scalar for sums": _sweep("direction", [tf.zeros((), tf.float64)]),
+    "shards beside sums of whole variables": _set("op", "nlcg_curvature"),
+    "shards without what the call before found": _direction([], []),
+    "totals without a stage": _direction(stage_before=[]),
+    "totals of two calls": _direction([TOTALS] * 2, [STAGE] * 2),
+    "totals of too few numbers": _direction([TOTALS[1:]]),
+    "a scalar for totals": _step(totals=TOTALS[0]),
+    "a stage of too few bytes": _step(stage_before=STAGE[1:]),
+    "a stage of doubles": _step(stage_before=tf.zeros(STAGE_BYTES[tf.float64], tf.int8)),
 }
 
 
@@ -231,6 +253,7 @@ def _keep(self, variable):
 Call.keep = _keep
 
 LARS_SPOILERS = {
+    "shards with a coefficient": _step(),
     "position out of range": _set("positions", [0, 1, 2, 4]),
     "negative position": _set("positions", [0, -1, 2, 3]),
     "position twice": _set("positions", [0, 1, 1, 3]),
@@ -250,6 +273,8 @@ GIVEN_SPOILERS = {
     "P g of another shape": _replace("preconditioned", 0, lambda call: tf.zeros((4, 3))),
     "P g of another type": _replace("preconditioned", 0, lambda call: tf.zeros((3, 4), tf.float64)),
     "a rule that looks back": _set("update_rule", "blended"),
+    "a call that it does not have": for_shards("nlcg_curvature"),
+    "a stage before its first call": _direction(),
 }
 
 
@@ -282,6 +307,8 @@ def fuzz(library, calls, seed):
             call.arguments["gradients"] = gradients
             rate, loss = 10.0 ** rng.integers(-3, 3), rng.choice(values)
             call.arguments["given"] = tf.constant([rate, rate, loss, 0.5, 1.0], dtype)
+        if rng.random() < 0.3:
+            _hand_over_anything(call, dtype, rng)
         for _ in range(rng.integers(3)):
             try:
                 spoilers[rng.integers(len(spoilers))](call)
@@ -299,3 +326,16 @@ def fuzz(library, calls, seed):
             before = call.bits()
         del call.variables[own:], before[own:]
     return done, refused
+
+
+def _hand_over_anything(call, dtype, rng):
+    """Makes it one of the calls for shards, after one that gave any numbers and any bytes."""
+    totals = tf.constant(10.0 ** rng.integers(-40, 40, SUMS) * rng.normal(size=SUMS))
+    stage = tf.constant(rng.integers(-128, 128, STAGE_BYTES[dtype]), tf.int8)
+    is_first = not call.arguments["preconditioner"].endswith("bfgs")
+    change = [
+        for_shards("nlcg_curvature"),
+        _direction(*([], []) if is_first else ([totals], [stage])),
+        _step(totals=totals, stage_before=stage),
+    ][rng.integers(3)]
+    change(call)

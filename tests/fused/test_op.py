@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from nlcg_tf import NLCG, fused
 from nlcg_tf.fused import nlcg_update
-from tests.fused.raw_op import GIVEN_SPOILERS, LARS_SPOILERS, SPOILERS, Call, fuzz
+from tests.fused.raw_op import GIVEN_SPOILERS, LARS_SPOILERS, SPOILERS, Call, for_shards, fuzz
 from tests.support.launch import PYTHON, run
 from tests.support.problems import paper_nlcg, regression_data, regression_model
 
@@ -35,6 +35,25 @@ def test_bad_input_is_refused_and_changes_nothing(fused_library, case, graph):
 def test_fuzz(fused_library):
     done, refused = fuzz(fused_library, 10_000, seed=0)
     assert done > 3000 and refused > 3000
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "bfgs", "given"])
+def test_the_calls_for_shards_make_the_update(fused_library, preconditioner):
+    """With one worker, whose shards are the variables, they give the bits of a whole update."""
+    whole, shards = (Call(preconditioner=preconditioner) for _ in range(2))
+    whole.arguments["curvature_sums"] = []  # which rounds otherwise
+    totals, stages = [], []
+    for _ in range(3):
+        whole.run(fused_library)
+        if preconditioner == "bfgs":
+            for_shards("nlcg_curvature")(shards)
+            sums, stage = shards.run(fused_library)
+            totals, stages = [sums], [stage]
+        for_shards("nlcg_direction", totals=totals, stage_before=stages)(shards)
+        sums, stage = shards.run(fused_library)
+        for_shards("nlcg_step", totals=sums, stage_before=stage)(shards)
+        shards.run(fused_library)
+        assert shards.bits() == whole.bits()
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
