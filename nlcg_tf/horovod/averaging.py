@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 import zlib
 
 import horovod.tensorflow as hvd
@@ -72,6 +73,20 @@ class Averaging(CountsUpdates):
         if not self._has_applied:
             raise self._train_apart("`apply_gradients`", "`apply`")
         return result
+
+    def save_own_variables(self, store):
+        self.warn_within_virtual_batch()
+        super().save_own_variables(store)
+
+    def warn_within_virtual_batch(self):
+        """What is saved has the accumulated gradients of one worker only."""
+        if self.built and hvd.size() > 1 and int(self._micro_step()):
+            warnings.warn(
+                f"Saved within a virtual batch of {self.gradient_accumulation_steps} steps: the "
+                f"gradients that worker {hvd.rank()} has accumulated are saved, those of the other "
+                "workers are not. Save after an update, so that no worker has accumulated any.",
+                stacklevel=2,
+            )
 
     def _train_apart(self, method, place):
         return RuntimeError(

@@ -52,6 +52,7 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
     whole = failure = None
     shared_state = []
     if hvd.rank() == 0:
+        inner.warn_within_virtual_batch()
         try:
             whole = whole_optimizer(optimizer)
             shared_state = _shared_state(optimizer, whole)

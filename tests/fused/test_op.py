@@ -37,15 +37,30 @@ def test_fuzz(fused_library):
     assert done > 3000 and refused > 3000
 
 
-@pytest.mark.parametrize("preconditioner", ["none", "bfgs", "given"])
-def test_the_calls_for_shards_make_the_update(fused_library, preconditioner):
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    ("preconditioner", "rule"),
+    [
+        ("none", "fletcher_reeves"),
+        ("none", "blended"),
+        ("bfgs", "polak_ribiere"),
+        ("normalized_bfgs", "blended"),
+        ("given", "momentum"),
+    ],
+)
+def test_the_calls_for_shards_make_the_update(fused_library, preconditioner, rule, nesterov):
     """With one worker, whose shards are the variables, they give the bits of a whole update."""
-    whole, shards = (Call(preconditioner=preconditioner) for _ in range(2))
+    whole, shards = (
+        Call(preconditioner=preconditioner, update_rule=rule, nesterov=nesterov) for _ in range(2)
+    )
     whole.arguments["curvature_sums"] = []  # which rounds otherwise
-    totals, stages = [], []
-    for _ in range(3):
+    good = whole.arguments["gradients"]
+    for scale in (1.0, -0.5, np.inf, 2.0):
+        totals, stages = [], []
+        for call in (whole, shards):
+            call.arguments["gradients"] = [g * scale for g in good]
         whole.run(fused_library)
-        if preconditioner == "bfgs":
+        if preconditioner.endswith("bfgs"):
             for_shards("nlcg_curvature")(shards)
             sums, stage = shards.run(fused_library)
             totals, stages = [sums], [stage]
@@ -54,6 +69,7 @@ def test_the_calls_for_shards_make_the_update(fused_library, preconditioner):
         for_shards("nlcg_step", totals=sums, stage_before=stage)(shards)
         shards.run(fused_library)
         assert shards.bits() == whole.bits()
+    assert list(shards.counts.numpy()[[0, 1]]) == [3, 1]  # updates, skipped
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
