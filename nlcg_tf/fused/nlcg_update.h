@@ -51,7 +51,7 @@ enum Real {
   kClipFactor,
   kReals
 };
-enum Count { kUpdates, kSkipped, kRejected, kLastApplied, kCounts };
+enum Count { kUpdates, kSkippedUpdates, kRejectedCurvatures, kLastUpdateApplied, kCounts };
 
 // kGiven: the caller computes P g.
 enum Preconditioner { kIdentity, kBfgs, kNormalizedBfgs, kGiven };
@@ -123,8 +123,18 @@ struct Sums {
 // kCheck: 0 where all gradients are finite, NaN otherwise; kSlope: g's
 enum CurvatureSum { kCheck, kYs, kShs, kSlope };
 // Of the divisor x and the quotient q = g/x: kGq: g'q; kInverse: 1/x; kGqPrevious: g'(g_prev/x_prev)
-enum DirectionSum { kGq = 1, kInverse, kGqPrevious, kGg, kNewSlope, kOldSlope, kQq, kQd, kDd,
-                    kElements };
+enum DirectionSum {
+  kGq = 1,
+  kInverse,
+  kGqPrevious,
+  kGg,
+  kNewSlope,
+  kOldSlope,
+  kQq,
+  kQd,
+  kDd,
+  kElements
+};
 enum StepSum { kStepGd, kStepGg, kStepDd, kStepWw, kNextGd, kNextShs };
 
 // `kSweepDirection` is the second sweep of BFGS, and otherwise the first.
@@ -153,7 +163,7 @@ struct Stage {
 constexpr int kAllSweeps = -1;
 struct Call {
   int sweep = kAllSweeps;
-  const double* totals = nullptr;      // the sums of the call before over all shards; null: the first
+  const double* totals = nullptr;  // the sums of the call before over all shards; null: the first
   const void* stage_before = nullptr;  // its stage
   double* sums = nullptr;              // where the sums over this shard go
   void* stage = nullptr;               // where the stage goes; the last call has none

@@ -87,8 +87,7 @@ NLCG_HOST_DEVICE double NormFactor(double square, const T* reals, Stage<T>* stag
 
 // Update clipping (noise.py).
 template <typename T>
-NLCG_HOST_DEVICE double UpdateClip(double norm, double momentum, const T* reals,
-                                   Stage<T>* stage) {
+NLCG_HOST_DEVICE double UpdateClip(double norm, double momentum, const T* reals, Stage<T>* stage) {
   if (!Finite(T(norm))) return 0;
   const double mean = reals[kMeanUpdateNorm];
   if (!(mean > 0)) {
@@ -176,9 +175,9 @@ NLCG_HOST_DEVICE void FinishDirection(const Settings& settings, const T* reals,
 template <typename T>
 NLCG_HOST_DEVICE void FinishStep(const Settings& settings, const T* given, const Sums& sums,
                                  Stage<T>* stage, T* reals, int64_t* counts) {
-  counts[kLastApplied] = stage->skip ? 0 : 1;
+  counts[kLastUpdateApplied] = stage->skip ? 0 : 1;
   if (stage->skip) {
-    counts[kSkipped] += 1;
+    counts[kSkippedUpdates] += 1;
     return;
   }
   const double norms = sqrt(sums.values[kStepGg]) * sqrt(sums.values[kStepDd]);
@@ -187,7 +186,7 @@ NLCG_HOST_DEVICE void FinishStep(const Settings& settings, const T* given, const
   for (int i = 0; i < kReals; ++i) reals[i] = stage->reals[i];
   for (int i = 0; i < settings.searched; ++i) reals[kReals + i] = given[kSearched + i];
   counts[kUpdates] += 1;
-  if (UsesBfgs(settings) && !stage->first && !stage->accepted) counts[kRejected] += 1;
+  if (UsesBfgs(settings) && !stage->first && !stage->accepted) counts[kRejectedCurvatures] += 1;
 }
 
 // After any sweep.

@@ -272,7 +272,8 @@ void RunLarge() {
     };
     CHECK(same(small.w[0], w.Last()) && same(small.d[0], d.Last()));
     CHECK(same(small.h[0], h.Last()) && same(small.g_prev[0], g_prev.Last()));
-    CHECK(counts[nlcg::kRejected] == 0 && reals[nlcg::kDelta] == small.reals[nlcg::kDelta]);
+    CHECK(counts[nlcg::kRejectedCurvatures] == 0 &&
+          reals[nlcg::kDelta] == small.reals[nlcg::kDelta]);
     CHECK(w.p[0] == 0 && w.p[LongArray::kSize - LongArray::kBlock - 1] == 0);
   }
 }

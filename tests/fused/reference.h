@@ -160,9 +160,9 @@ class Reference {
     }
     reals[nlcg::kLastLoss] = T(loss);
     if (first) reals[nlcg::kMeanSquaredNorm] = reals[nlcg::kFirstSquaredNorm] = T(gg);
-    if (!first) reals[nlcg::kMeanSquaredNorm] = T(
-          0.99 * reals[nlcg::kMeanSquaredNorm] +
-          0.01 * std::fmin(gg, 100 * reals[nlcg::kMeanSquaredNorm]));
+    if (!first)
+      reals[nlcg::kMeanSquaredNorm] = T(0.99 * reals[nlcg::kMeanSquaredNorm] +
+                                        0.01 * std::fmin(gg, 100 * reals[nlcg::kMeanSquaredNorm]));
     if (gg > 0) {
       factor = std::pow(reals[nlcg::kFirstSquaredNorm] / reals[nlcg::kMeanSquaredNorm],
                         (1 - gain_ratio) / 2);
@@ -253,8 +253,8 @@ class Reference {
     reals[nlcg::kClipFactor] = T(cap);
     for (int i = 0; i < s.searched; ++i) reals[nlcg::kReals + i] = given[3 + i];
     b->counts[nlcg::kUpdates] += 1;
-    b->counts[nlcg::kRejected] += bfgs && !first && !accepted;
-    b->counts[nlcg::kLastApplied] = 1;
+    b->counts[nlcg::kRejectedCurvatures] += bfgs && !first && !accepted;
+    b->counts[nlcg::kLastUpdateApplied] = 1;
   }
 
   const nlcg::Settings& s;

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import re
 import shutil
 
 import keras
@@ -11,6 +12,8 @@ import tensorflow as tf
 
 from nlcg_tf import NLCG, fused
 from nlcg_tf.fused import nlcg_update
+from nlcg_tf.reference import COUNTS, REALS
+from tests.fused import cuda_problem
 from tests.fused.raw_op import GIVEN_SPOILERS, LARS_SPOILERS, SPOILERS, Call, for_shards, fuzz
 from tests.support.launch import PYTHON, run
 from tests.support.problems import paper_nlcg, regression_data, regression_model
@@ -35,6 +38,18 @@ def test_bad_input_is_refused_and_changes_nothing(fused_library, case, graph):
 def test_fuzz(fused_library):
     done, refused = fuzz(fused_library, 10_000, seed=0)
     assert done > 3000 and refused > 3000
+
+
+def test_the_scalars_stand_in_the_same_order_everywhere():
+    """Python and the kernels share two vectors of scalars, of which each knows the positions."""
+    header = (pathlib.Path(fused.__file__).parent / "nlcg_update.h").read_text()
+
+    def names(enum):
+        found = re.findall(r"k(\w+)", re.search(rf"enum {enum} {{(.*?)}}", header, re.S)[1])
+        return [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() for name in found[:-1]]
+
+    assert names("Real") == REALS == cuda_problem.REALS
+    assert names("Count") == list(COUNTS)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
