@@ -52,8 +52,8 @@ def gather_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
     whole = failure = None
     shared_state = []
     if hvd.rank() == 0:
-        inner.warn_within_virtual_batch()
         try:
+            inner.warn_within_virtual_batch()
             whole = whole_optimizer(optimizer)
             shared_state = _shared_state(optimizer, whole)
         except Exception as error:

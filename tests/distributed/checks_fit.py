@@ -53,6 +53,11 @@ def check_a_virtual_batch_goes_on_in_the_next_fit():
             if shard is not None:
                 saves = not shard or hvd.rank() == 0
                 assert _is_warned_of_saving(optimizer) == (first == 0 and saves)
+            if shard and first == 0:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # must not leave the other worker waiting
+                    error = RuntimeError if hvd.rank() else UserWarning
+                    expect(error, "within a virtual batch", hvd.gather_optimizer, optimizer)
         ends.append(flat(model.trainable_variables))
     for end in ends[1:]:
         assert relative_difference(end, ends[0]) < 1e-5

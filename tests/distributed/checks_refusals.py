@@ -1,4 +1,4 @@
-"""What sharding refuses, on all of two workers; run by run_checks.py."""
+"""What two workers refuse, most of it with sharding; run by run_checks.py."""
 
 import keras
 import numpy as np
@@ -9,7 +9,36 @@ from nlcg_tf import NLCG
 from nlcg_tf.horovod.whole import gather_optimizer
 from nlcg_tf.preconditioner import Preconditioner
 from tests.distributed.checks_sharding import model_of
-from tests.distributed.training import expect
+from tests.distributed.training import BATCH, expect
+from tests.support.problems import regression_data, regression_model
+
+
+def check_what_is_refused():
+    x, y = regression_data(BATCH)
+    distributed = hvd.DistributedOptimizer(NLCG(0.1))
+    expect(ValueError, "distributed already", hvd.DistributedOptimizer, distributed)
+    expect(ValueError, "Keras 3 optimizer.*'adam'", hvd.DistributedOptimizer, "adam")
+    expect(ValueError, "compression='zip'", hvd.DistributedOptimizer, NLCG(0.1), "zip")
+    for wrong in ("loss", [1.0], [tf.Variable(1)], [tf.Variable([1.0, 2.0])]):
+        averaged = {"average_with": wrong}
+        expect(ValueError, "`average_with` must", hvd.DistributedOptimizer, NLCG(0.1), **averaged)
+    for wrong in (0, -1, "5", float("nan"), None):
+        expect(ValueError, "`seconds` must be a number.*seconds=", hvd.Watch, wrong)
+        expect(ValueError, "`seconds` must be a number.*seconds=", hvd.WatchWorkers, wrong)
+    import horovod.tensorflow.keras
+
+    wrapped = horovod.tensorflow.keras.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    expect(ValueError, "Horovod's own DistributedOptimizer", hvd.DistributedOptimizer, wrapped)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        variable, sgd = keras.Variable([1.0]), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        expect(RuntimeError, "tf.distribute", sgd.apply, [tf.constant([1.0])], [variable])
+    scaled = keras.optimizers.LossScaleOptimizer
+    expect(ValueError, r"DistributedOptimizer\(keras.optimizers.LossScale", scaled, distributed)
+    accumulating = scaled(NLCG(0.1, gradient_accumulation_steps=2))
+    expect(ValueError, "gradient_accumulation_steps", hvd.DistributedOptimizer, accumulating)
+    model = regression_model()
+    model.compile(optimizer=distributed, loss="mse", jit_compile=True)
+    expect(RuntimeError, "jit_compile=False", lambda: model.fit(x, y, verbose=0))
 
 
 def check_a_loss_that_one_worker_observes_is_an_error_on_all():

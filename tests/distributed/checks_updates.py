@@ -222,34 +222,6 @@ def check_a_nan_on_one_worker_is_skipped_on_all():
     hvd.check_identical([variable, *optimizer.variables])
 
 
-def check_what_is_refused():
-    x, y = regression_data(BATCH)
-    distributed = hvd.DistributedOptimizer(NLCG(0.1))
-    expect(ValueError, "distributed already", hvd.DistributedOptimizer, distributed)
-    expect(ValueError, "Keras 3 optimizer.*'adam'", hvd.DistributedOptimizer, "adam")
-    expect(ValueError, "compression='zip'", hvd.DistributedOptimizer, NLCG(0.1), "zip")
-    for wrong in ("loss", [1.0], [tf.Variable(1)], [tf.Variable([1.0, 2.0])]):
-        averaged = {"average_with": wrong}
-        expect(ValueError, "`average_with` must", hvd.DistributedOptimizer, NLCG(0.1), **averaged)
-    for wrong in (0, -1, "5", float("nan"), None):
-        expect(ValueError, "`seconds` must be a number.*seconds=", hvd.Watch, wrong)
-        expect(ValueError, "`seconds` must be a number.*seconds=", hvd.WatchWorkers, wrong)
-    import horovod.tensorflow.keras
-
-    wrapped = horovod.tensorflow.keras.DistributedOptimizer(keras.optimizers.SGD(0.1))
-    expect(ValueError, "Horovod's own DistributedOptimizer", hvd.DistributedOptimizer, wrapped)
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        variable, sgd = keras.Variable([1.0]), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
-        expect(RuntimeError, "tf.distribute", sgd.apply, [tf.constant([1.0])], [variable])
-    scaled = keras.optimizers.LossScaleOptimizer
-    expect(ValueError, r"DistributedOptimizer\(keras.optimizers.LossScale", scaled, distributed)
-    accumulating = scaled(NLCG(0.1, gradient_accumulation_steps=2))
-    expect(ValueError, "gradient_accumulation_steps", hvd.DistributedOptimizer, accumulating)
-    model = regression_model()
-    model.compile(optimizer=distributed, loss="mse", jit_compile=True)
-    expect(RuntimeError, "jit_compile=False", lambda: model.fit(x, y, verbose=0))
-
-
 class OwnApply(keras.optimizers.SGD):
     """Uses the gradients at once, and Keras' `apply` for nothing but its counts."""
 
