@@ -55,6 +55,15 @@ def check_number(name, value, least, most):
         )
 
 
+def check_states(argument, found, wanted, names):
+    """Raises a ValueError if `update` of an argument's object returned other states than it has."""
+    if set(names) != set(wanted):
+        raise ValueError(
+            f"`update` of `{argument}` must return the states {sorted(wanted)}. "
+            f"Received: {sorted(names)} of {argument}={found!r}"
+        )
+
+
 def resolve(argument, identifier, classes, base):
     """The object that an argument names.
 

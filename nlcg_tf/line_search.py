@@ -17,7 +17,18 @@ from typing import Any
 import keras
 from keras import ops
 
-from nlcg_tf.configurable import Configurable, is_fraction, is_number
+from nlcg_tf.configurable import Configurable, check_states, is_fraction, is_number
+
+
+def update(line_search, state, loss, updates):
+    """`line_search.update`, its states checked.
+
+    Raises:
+        ValueError: for a result with other states.
+    """
+    new = line_search.update(state, loss, updates)
+    check_states("line_search", line_search, state, new)
+    return new
 
 
 def _bounded(scale, minimum):

@@ -1,5 +1,6 @@
 """The NLCG optimizer, after Adya, Palakkode & Tuzel 2018, arXiv 1812.02886."""
 
+import collections
 import logging
 import numbers
 import warnings
@@ -130,6 +131,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
                     f"`{argument}` must be an integer or None. Received: {argument}={steps!r}"
                 )
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
+        # Of each variable that this class adds. Keras would take those in a list for more of them.
+        self._first_values = collections.UserList()
         self.preconditioner = preconditioners.get(preconditioner)
         is_spectral = isinstance(self.preconditioner, preconditioners.Spectral)
         self.update_rule = update_rule or ("momentum" if is_spectral else "blended")
@@ -186,9 +189,8 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
                 "curvature_sums", np.full((len(var_list), 4), -1.0), self.compute_dtype
             )
         if self.lars_coefficient:
-            self.trust_ratios = self.add_variable(
-                (len(var_list),), initializer="ones", dtype=self.compute_dtype, name="trust_ratios"
-            )
+            ones = np.ones(len(var_list))
+            self.trust_ratios = self._add_state("trust_ratios", ones, self.compute_dtype)
         # Scalars lie together in two vectors: one to read, and one kernel to write, not a dozen.
         state = self.line_search.initial_state() if self.line_search else {}
         if taken := set(REALS) & set(state):
@@ -249,17 +251,22 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
             return None
         initializer = keras.initializers.Constant(value)
         if tuple(shape) == tuple(variable.shape):
-            return self.add_variable_from_reference(variable, name, initializer)
-        return self.add_variable(shape, initializer, variable.dtype, name=name)
+            slot = self.add_variable_from_reference(variable, name, initializer)
+        else:
+            slot = self.add_variable(shape, initializer, variable.dtype, name=name)
+        self._first_values.append((slot, value))
+        return slot
 
     def _add_state(self, name, values, dtype):
-        return self.add_variable(
+        state = self.add_variable(
             np.shape(values),
             initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
             dtype=dtype,
             aggregation="only_first_replica",
             name=name,
         )
+        self._first_values.append((state, values))
+        return state
 
     def _apply_weight_decay(self, variables):
         """Left to the update, so that a skipped update leaves the weights alone."""

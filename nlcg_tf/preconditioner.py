@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
+from nlcg_tf.configurable import Configurable, check_states, is_fraction, is_number, resolve
 from nlcg_tf.polar import matrix_shape, polar_factors
 from nlcg_tf.reductions import TINY, Sums, norm
+from nlcg_tf.variables import has_shape
 
 Tensors = list[Any]
 State = dict[str, list[Any | None]]
@@ -129,6 +130,23 @@ def get(identifier: Any) -> Any:
     return found
 
 
+def update(preconditioner, state, g, w, y, s, gain_ratio, sums):
+    """`preconditioner.update`, its states checked.
+
+    Raises:
+        ValueError: for a result with other states, or with another number of tensors.
+    """
+    new, accepted = preconditioner.update(state, g, w, y, s, gain_ratio, sums)
+    check_states("preconditioner", preconditioner, state, new)
+    for name, values in new.items():
+        if len(values) != len(state[name]):
+            raise ValueError(
+                f"`update` of a preconditioner must return a list of {len(state[name])} entries "
+                f"for its state '{name}'. Received: {len(values)} of {preconditioner!r}"
+            )
+    return new, accepted
+
+
 def apply(preconditioner, state, g, w, epsilon, sums):
     """`preconditioner.apply`; of shards that hold whole variables with each of those by itself."""
     is_whole = preconditioner.couples != "elements"
@@ -140,6 +158,12 @@ def apply(preconditioner, state, g, w, epsilon, sums):
             f"`apply` of a preconditioner must return a tensor for each of {len(g)} gradients. "
             f"Received: {len(preconditioned)} of {preconditioner!r}"
         )
+    for new, g_i in zip(preconditioned, g):
+        if not has_shape(new, g_i.shape):
+            raise ValueError(
+                f"`apply` of a preconditioner must return a tensor of the shape {tuple(g_i.shape)} "
+                f"of each gradient. Received: shape={new.shape} of {preconditioner!r}"
+            )
     return sums.join(preconditioned) if is_whole else preconditioned, mean
 
 

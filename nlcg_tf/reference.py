@@ -21,12 +21,10 @@ last two bounds on the length, and have a beta of their own.
 Source: Adya, Palakkode & Tuzel 2018, arXiv 1812.02886, Algorithm 1 and section 3.2.
 """
 
-import itertools
-
 from keras import ops
 
-from nlcg_tf import direction, noise
-from nlcg_tf.preconditioner import Preconditioner, apply, limited, norm_limits
+from nlcg_tf import direction, line_search, noise, preconditioner
+from nlcg_tf.preconditioner import Preconditioner, limited, norm_limits
 from nlcg_tf.reductions import total
 
 # What the optimizer's two vectors of scalars hold; in `reals` the line search's state follows.
@@ -35,6 +33,7 @@ REALS += ["last_loss", "prediction_error", "predicted_change"]
 REALS += ["mean_squared_norm", "first_squared_norm", "mean_update_norm", "clip_factor"]
 # The slots that are not the preconditioner's.
 OWN_SLOTS = ("direction", "previous_gradient", "previous_preconditioned")
+MOST_OF_FLOAT16 = 65504.0
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
 
 
@@ -99,7 +98,8 @@ class Stages:
         self.alpha, search = self.learning_rate, self.optimizer.line_search
         if search is not None:
             state = {name: self.old[name] for name in search.initial_state()}
-            self.new.update(search.update(state, self.loss, self.old["updates"]))
+            updates = self.old["updates"]
+            self.new.update(line_search.update(search, state, self.loss, updates))
             self.alpha = self.learning_rate * self.new["learning_rate_scale"]
 
     def finish_curvature(self):
@@ -137,8 +137,8 @@ class Stages:
                 prediction_error=prediction_error,
                 predicted_change=predicted_change,
             )
-        self.state, self.accepted = self.preconditioner.update(
-            self.state, self.g, self.weights, y, s, gain_ratio, self.sums
+        self.state, self.accepted = preconditioner.update(
+            self.preconditioner, self.state, self.g, self.weights, y, s, gain_ratio, self.sums
         )
         self.new.update(curvature=curvature, gain_ratio=gain_ratio)
 
@@ -164,7 +164,8 @@ class Stages:
         self.new.update(delta=delta_new, step_size=self.alpha, beta=beta, preconditioner_mean=mean)
 
     def _precondition(self, g, w):
-        return apply(self.preconditioner, self.state, g, w, self.optimizer.epsilon, self.sums)
+        epsilon = self.optimizer.epsilon
+        return preconditioner.apply(self.preconditioner, self.state, g, w, epsilon, self.sums)
 
     def _look_ahead(self, preconditioned, d, beta, gain_ratio, clip_factor=1.0):
         """d, or with Nesterov's look-ahead z + beta d as far as gradients are noise."""
@@ -219,11 +220,12 @@ class Stages:
 
         values = {"direction": self.d, "previous_gradient": self.g, **self.state}
         values["previous_preconditioned"] = self.preconditioned
-        pairs = [zip(variables["weights"], self.w)]
-        pairs += [zip(slot, values[name]) for name, slot in variables["slots"].items()]
-        for variable, value in itertools.chain(*pairs):
-            if variable is not None:
-                assign(variable, value)
+        for variable, value in zip(variables["weights"], self.w):
+            assign(variable, value)
+        for name, slot in variables["slots"].items():
+            for variable, value in zip(slot, values[name]):
+                if variable is not None:
+                    assign(variable, _in_range(value, variable.dtype))
         if self.optimizer.lars_coefficient:
             for position, ratio in zip(self.positions, self.ratios):
                 self.ratio_rows[position] = ratio
@@ -242,6 +244,11 @@ class Stages:
 
 def _unstack(variable):
     return list(ops.unstack(ops.convert_to_tensor(variable), variable.shape[0]))
+
+
+def _in_range(value, dtype):
+    """Slots of float16 variables must not become infinite: an infinite h would never come back."""
+    return ops.clip(value, -MOST_OF_FLOAT16, MOST_OF_FLOAT16) if dtype == "float16" else value
 
 
 def _shortened(factor, xs):

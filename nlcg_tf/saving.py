@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 # What decides which variables there are before the first update.
 WITHOUT_SLOTS = ("gradient_accumulation_steps", "uses_loss", "learning_rate")
@@ -41,24 +42,33 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Restores the optimizer from a saved model.
 
-        An optimizer without slots yet, or a file without optimizer state, is what Keras makes of
-        it: a warning, and the weights alone are loaded.
+        A state saved before the first update makes this optimizer start anew. An optimizer without
+        slots yet, or a file without optimizer state, is what Keras makes of it: a warning, and the
+        weights alone are loaded.
 
         Raises:
-            ValueError: if the saved state is of other settings, where Keras would only warn or
-                take one variable for another.
+            ValueError: if the saved state is of other settings or shapes, where Keras would only
+                warn, take one variable for another, or load a part. Nothing is loaded then.
         """
         saved = {name: store[name] for name in store.keys() if name != "layout"}
         if len(saved) == self._count_without_slots:
             # Saved before the first update: there are no slots to restore.
             if "layout" in store.keys():
                 self._check_layout(store, WITHOUT_SLOTS)
+            self._start_anew()
             for i, variable in enumerate(self.variables[: self._count_without_slots]):
                 variable.assign(saved[str(i)])
             return
         if self.built and saved:
             self._check_layout(store, self._layout())
         super().load_own_variables(saved)
+
+    def _start_anew(self):
+        """Makes the state that of an optimizer that is just built; Keras' own part of it too."""
+        for variable in self.variables[self._count_without_slots :]:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+        for variable, value in self._first_values:
+            variable.assign(ops.broadcast_to(ops.cast(value, variable.dtype), variable.shape))
 
     def _check_layout(self, store, names):
         if "layout" not in store.keys():
@@ -77,6 +87,13 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
         count = len(store.keys()) - 1
         if "slots" in names and count != len(self.variables):
             other.append(f"variables: saved {count}, wanted {len(self.variables)}")
+        if "slots" in names and not other:
+            other = [
+                f"shape of variable {i}, '{v.path}': saved {tuple(store[str(i)].shape)}, "
+                f"wanted {tuple(v.shape)}"
+                for i, v in enumerate(self.variables)
+                if tuple(store[str(i)].shape) != tuple(v.shape)
+            ]
         if other:
             raise ValueError(
                 f"The saved state of optimizer '{self.name}' is of other settings: "

@@ -30,10 +30,16 @@ def check_gradients(grads, variables):
     if len(grads) != len(variables):
         raise ValueError(f"Received {len(grads)} gradients of {len(variables)} variables")
     for g, v in zip(grads, variables):
-        shape, dtype = g.shape, keras.backend.standardize_dtype(g.dtype)
-        is_known = getattr(shape, "rank", 0) is not None and None not in tuple(shape)
-        if "complex" in dtype or (is_known and tuple(shape) != tuple(v.shape)):
+        dtype = keras.backend.standardize_dtype(g.dtype)
+        if "complex" in dtype or not has_shape(g, v.shape):
             raise ValueError(
                 f"The gradient of variable '{getattr(v, 'path', v.name)}' must have the shape "
-                f"{tuple(v.shape)} and real numbers. Received: shape={shape}, dtype={dtype}"
+                f"{tuple(v.shape)} and real numbers. Received: shape={g.shape}, dtype={dtype}"
             )
+
+
+def has_shape(tensor, shape):
+    """Whether a tensor has this shape, as far as that is known: a graph may not know all."""
+    found = tensor.shape
+    is_known = getattr(found, "rank", 0) is not None and None not in tuple(found)
+    return not is_known or tuple(found) == tuple(shape)

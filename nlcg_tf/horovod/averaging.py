@@ -145,11 +145,11 @@ class Averaging(CountsUpdates):
             "compression": str(self._wire_dtype),
         }
         config |= {"average_with": len(self._average_with)}
-        if isinstance(self, ObservesLoss) and self.built:
-            # The op and the reference update round otherwise.
-            weights = plain(self._trainable_variables)
-            is_fused = self.fused is not False and fused.why_not(self, weights) is None
-            config["fused"] = "the fused op" if is_fused else "the reference update"
+        for number, one in enumerate([self, *inner_optimizers(self)]):
+            if isinstance(one, ObservesLoss):
+                # The op and the reference update round otherwise.
+                name, value = _update_of(one)
+                config[name + (f" of inner optimizer {number}" if number else "")] = value
         config.pop("name", None)
         texts = {}
         for name, value in config.items():
@@ -191,6 +191,17 @@ class Averaging(CountsUpdates):
                 "`DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))`."
             )
         super().__setattr__(name, value)
+
+
+def _update_of(optimizer):
+    """Which update an NLCG does, by a name and a text; before it is built, which it can do."""
+    if optimizer.fused is False:
+        return "fused", "the reference update"
+    if not optimizer.built:
+        return "library of the fused op", "found" if fused.is_available() else "not found"
+    weights = plain(optimizer._trainable_variables)
+    reason = fused.why_not(optimizer, weights)
+    return "fused", "the reference update" if reason else "the fused op"
 
 
 def _without_names(value):

@@ -11,6 +11,7 @@ from nlcg_tf.horovod.collectives import (
     average_moving_statistics,
     broadcast,
     check_identical,
+    check_root,
     shared,
     sum_metrics,
 )
@@ -28,7 +29,7 @@ class BroadcastVariables(keras.callbacks.Callback):
     Raises:
         ValueError: when training begins, if the model is not built yet; on all workers, if their
             optimizers or the shapes of their variables differ, or if a sharded optimizer's saved
-            state was not loaded on all of them.
+            state was not loaded on all of them; for a `root_rank` that no worker has.
         RuntimeError: on all workers after the first update, if a weight differs.
     """
 
@@ -37,6 +38,7 @@ class BroadcastVariables(keras.callbacks.Callback):
         self.root_rank = root_rank
 
     def on_train_begin(self, logs=None):
+        check_root(self.root_rank)
         if not self.model.built:
             raise ValueError(
                 "BroadcastVariables needs the variables before the first batch, but the model has "
@@ -98,7 +100,7 @@ class WatchWorkers(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._close()  # the watch of a training that was interrupted: Keras does not tell
-        steps = getattr(self.model.optimizer, "gradient_accumulation_steps", None)
+        steps = getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
         with warning_after(
             self.seconds,
             "the others have not begun `fit`, or have no WatchWorkers as their first callback",
@@ -108,18 +110,27 @@ class WatchWorkers(keras.callbacks.Callback):
                     "number of epochs": self.params.get("epochs"),
                     "number of steps in an epoch": self.params.get("steps"),
                     "`steps_per_execution`": self.model.steps_per_execution,
-                    "`gradient_accumulation_steps`": steps or 1,
+                    "`gradient_accumulation_steps`": steps,
                 }
             )
+            self._steps = steps
             self._watch = Watch(self.seconds).__enter__()
 
     def on_epoch_begin(self, epoch, logs=None):
         with entering("for the next epoch"):
             _compare({"next epoch": epoch})
+        # Read once an epoch: on a GPU each reading would wait for the step before.
+        self._micro_step = 0
+        if self._steps > 1:
+            done = keras.ops.convert_to_numpy(self.model.optimizer._iterations)
+            self._micro_step = int(done) % self._steps
 
     def on_train_batch_begin(self, batch, logs=None):
         self._watch.tick()
-        self._watch.place = A_STEP
+        # Within a virtual batch no worker waits for others, but perhaps for its input.
+        self._micro_step += self.model.steps_per_execution
+        self._watch.place = A_STEP if self._micro_step >= self._steps else ""
+        self._micro_step %= self._steps
 
     def on_train_batch_end(self, batch, logs=None):
         self._watch.place = ""

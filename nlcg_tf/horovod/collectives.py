@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,22 +28,22 @@ def average(tensors: Sequence[Any]) -> list[Any]:
     for dtype in {x.dtype: None for x in tensors}:
         places = [i for i, x in enumerate(tensors) if x.dtype == dtype]
         group = [tensors[i] for i in places]
-        if dtype == tf.bfloat16:
-            group = _average_bfloat16(group)
+        if dtype.size == 2:
+            group = _average_16_bit(group)
         else:
             # The word Horovod in the names tells `elastic_run` whose errors it sees.
-            name, mean = f"Horovod_average_{dtype.name}", {"op": hvd.Average}
-            if dtype == tf.float16:
-                # The sum of many may be beyond float16 where the mean is not.
-                group, mean = [x / hvd.size() for x in group], {"op": hvd.Sum}
-            group = hvd.grouped_allreduce(group, **mean, name=name)
+            name = f"Horovod_average_{dtype.name}"
+            group = hvd.grouped_allreduce(group, op=hvd.Average, name=name)
         for i, x in zip(places, group):
             averages[i] = x
     return averages
 
 
-def _average_bfloat16(tensors):
-    """Averages bfloat16 tensors, which Horovod's own reductions do not know.
+def _average_16_bit(tensors):
+    """Averages tensors of float16 or bfloat16, rounded once.
+
+    Horovod's own reductions do not know bfloat16. They add up in float16, where a sum of many
+    overflows and a small gradient over the number of workers vanishes.
 
     As in a ring all-reduce each worker sums one part: it gets the others' words of that part, adds
     them up in float32 in the order of the ranks, and sends the mean to all. The volume is that of
@@ -51,7 +52,7 @@ def _average_bfloat16(tensors):
     flat = tf.concat([tf.reshape(x, [-1]) for x in tensors], axis=0)
     sizes = [x.shape.num_elements() for x in tensors]
     mean = reduce_scatter(flat, lengths_of_parts(sum(sizes), hvd.size()))
-    (whole,) = gather([tf.cast(mean, tf.bfloat16)])
+    (whole,) = gather([tf.cast(mean, flat.dtype)])
     return [tf.reshape(part, x.shape) for part, x in zip(tf.split(whole, sizes), tensors)]
 
 
@@ -114,8 +115,10 @@ def broadcast(variables: Sequence[Any], root_rank: int = 0) -> None:
             sharded optimizer's slots, of which each worker has its own shard, stay as they are.
 
     Raises:
-        ValueError: on all workers, naming the first variable that differs in shape or type.
+        ValueError: on all workers, naming the first variable that differs in shape or type; and for
+            a rank that no worker has.
     """
+    check_root(root_rank)
     variables = shared(variables)
     check_alike(allgather_object([kind_of(v) for v in variables]), variables, "a value")
     with entering("in a broadcast"):
@@ -136,9 +139,22 @@ def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
 
 
 def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:
-    """Gives all workers the object of worker `root_rank`, which must be one that can be pickled."""
+    """Gives all workers the object of worker `root_rank`, which must be one that can be pickled.
+
+    Raises:
+        ValueError: for a rank that no worker has.
+    """
+    check_root(root_rank)
     with entering("in broadcast_object"):
         return hvd.broadcast_object(obj, root_rank, name=name)
+
+
+def check_root(rank):
+    if not isinstance(rank, numbers.Integral) or not 0 <= rank < hvd.size():
+        raise ValueError(
+            f"`root_rank` must be the rank of a worker, 0 to {hvd.size() - 1}. "
+            f"Received: root_rank={rank!r}"
+        )
 
 
 def shared(variables):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import keras
 import tensorflow as tf
 
 from nlcg_tf.horovod.collectives import lengths_of_parts
@@ -100,14 +101,15 @@ def divide(variables, decays, whole, workers, rank):
     """The layouts of a model's trainable variables, in order, each of one dtype and decay.
 
     Args:
-        variables: list of Keras variables.
+        variables: list of Keras or TensorFlow variables.
         decays: function of a variable: whether weight decay applies to it.
         whole: whether no variable is cut.
         workers, rank: ints.
     """
     groups, open_, elements = [], {}, {}
     for i, variable in enumerate(variables):
-        kind, size = (variable.dtype, decays(variable)), math.prod(variable.shape)
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        kind, size = (dtype, decays(variable)), math.prod(variable.shape)
         if kind not in open_ or elements[kind] + size > LONGEST:
             open_[kind], elements[kind] = [], 0
             groups.append((kind, open_[kind]))

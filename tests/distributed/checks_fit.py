@@ -1,5 +1,6 @@
 """What two Horovod workers must agree on in `fit` and its callbacks; run by run_checks.py."""
 
+import time
 import warnings
 
 import keras
@@ -119,6 +120,26 @@ def check_metrics_are_summed_and_workers_compared_in_fit():
     for values in history.values():
         assert hvd.sum_over_workers(values) == [2 * value for value in values]
     assert history["accuracy"][1] * 96 == round(history["accuracy"][1] * 96, 4)
+
+
+def check_a_worker_that_waits_for_its_input_is_not_taken_for_a_deadlock():
+    """Within a virtual batch one worker may be at the end of an epoch long before the other."""
+
+    class Slow(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 2 and hvd.rank() == 1:
+                time.sleep(4)
+            return regression_data(8)
+
+    model = regression_model()
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1, gradient_accumulation_steps=4))
+    model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+    callbacks = [hvd.WatchWorkers(1.5), hvd.BroadcastVariables(), hvd.SumMetrics()]
+    model.fit(Slow(), verbose=0, callbacks=callbacks)
+    assert int(optimizer._iterations) == 3
 
 
 def check_a_worker_that_drifts_in_fit_is_named():

@@ -25,6 +25,12 @@ def check_what_is_refused():
     for wrong in (0, -1, "5", float("nan"), None):
         expect(ValueError, "`seconds` must be a number.*seconds=", hvd.Watch, wrong)
         expect(ValueError, "`seconds` must be a number.*seconds=", hvd.WatchWorkers, wrong)
+    for wrong in (2, -1, "0", None):
+        words = f"`root_rank` must be the rank of a worker, 0 to 1. Received: root_rank={wrong!r}"
+        expect(ValueError, words, hvd.broadcast, [tf.Variable(1.0)], wrong)
+        expect(ValueError, words, hvd.broadcast_object, 1, wrong)
+        callback = hvd.BroadcastVariables(wrong)
+        expect(ValueError, words, callback.on_train_begin)
     import horovod.tensorflow.keras
 
     wrapped = horovod.tensorflow.keras.DistributedOptimizer(keras.optimizers.SGD(0.1))

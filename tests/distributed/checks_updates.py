@@ -13,6 +13,8 @@ import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
 from nlcg_tf import NLCG
+from nlcg_tf.fused import nlcg_update
+from nlcg_tf.horovod.whole import first_state
 from tests.distributed.training import BATCH, RULES, UPDATES, expect, make, shard_of, trained
 from tests.support.problems import (
     digits_data,
@@ -133,16 +135,17 @@ def check_compression():
             hvd.check_identical([*model.variables, *optimizer.variables])
 
 
-def check_bf16_average_is_that_of_the_rounded_values():
-    """Odd sizes, which do not divide among the workers, and a range that float16 has not."""
-    variables = [keras.Variable(np.zeros(n, "float32")) for n in (1, 5, 7)]
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), "bf16")
-    draw = lambda rank: np.random.default_rng(rank).normal(size=13) * 1e30  # noqa: E731
-    gradients = np.split(draw(hvd.rank()).astype("float32"), [1, 6])
-    optimizer.apply([tf.constant(g) for g in gradients], variables)
-    rounded = [tf.cast(tf.cast(draw(r), tf.bfloat16), tf.float32).numpy() for r in range(2)]
-    mean = tf.cast((rounded[0] + rounded[1]) / 2, tf.bfloat16).numpy().astype("float32")
-    np.testing.assert_array_equal(flat(variables), -mean.astype("float64"))
+def check_the_compressed_average_is_that_of_the_rounded_values():
+    """Odd sizes, which do not divide among the workers; huge numbers, and float16's smallest."""
+    for compression, dtype, size in (("bf16", tf.bfloat16, 1e30), ("fp16", tf.float16, 1e-7)):
+        variables = [keras.Variable(np.zeros(n, "float32")) for n in (1, 5, 7)]
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression)
+        draws = [np.random.default_rng(rank).normal(size=13) * size for rank in range(2)]
+        gradients = np.split(draws[hvd.rank()].astype("float32"), [1, 6])
+        optimizer.apply([tf.constant(g) for g in gradients], variables)
+        rounded = [tf.cast(tf.cast(draw, dtype), tf.float32).numpy() for draw in draws]
+        mean = tf.cast((rounded[0] + rounded[1]) / 2, dtype).numpy().astype("float32")
+        np.testing.assert_array_equal(flat(variables), -mean.astype("float64"))
 
 
 def check_traffic():
@@ -307,6 +310,9 @@ def check_variables_of_tensorflow_are_updated():
         optimizer.build([variable])
         optimizer.apply([tf.constant([1.0, 1.0]) + hvd.rank()], [variable])
         np.testing.assert_allclose(variable.numpy(), [0.715, 1.715], rtol=1e-6)
+        if shard:  # as elastic workers do
+            optimizer.divide_anew(first_state(optimizer))
+            np.testing.assert_array_equal(optimizer.slots["direction"][0].numpy(), [0.0])
 
 
 def check_the_workers_may_have_made_other_optimizers_before():
@@ -346,6 +352,26 @@ def check_settings_that_differ_are_refused():
     optimizer.apply([gradient, gradient], variables)
     later = [gradient, None if other else gradient]
     expect(ValueError, "'b' has .*worker 0 and none on worker 1", optimizer.apply, later, variables)
+
+
+def check_a_fused_op_that_one_worker_lacks_is_an_error_on_all():
+    """Built or not before the first update, and inside of a loss scale."""
+    library = nlcg_update.LIBRARY
+    scaled = keras.optimizers.LossScaleOptimizer
+    for wrap, is_built in ((lambda x: x, True), (lambda x: x, False), (scaled, False)):
+        variable, optimizer = keras.Variable([1.0]), wrap(NLCG(0.1, "momentum"))
+        optimizer = hvd.DistributedOptimizer(optimizer)
+        if is_built:
+            optimizer.build([variable])
+        try:
+            if hvd.rank() == 1:
+                nlcg_update.LIBRARY = library.with_name("nothing.so")
+                nlcg_update._load.cache_clear()
+            words = "fused.* on worker 0.* on worker 1"
+            expect(ValueError, words, optimizer.apply, [tf.ones(1)], [variable])
+        finally:
+            nlcg_update.LIBRARY = library
+            nlcg_update._load.cache_clear()
 
 
 def check_numbers_that_horovod_does_not_know_are_broadcast():

@@ -62,6 +62,51 @@ def test_a_line_search_with_another_state_than_it_must_have_is_refused(state, wo
         optimizer.build([keras.Variable([1.0])])
 
 
+class Returns(SignDescent):
+    """What it is told to, right or wrong."""
+
+    def __init__(self, state, result):
+        self.state, self.result = state, result
+
+    def update(self, state, g, w, y, s, gain_ratio, sums):
+        return state if self.state is None else self.state, True
+
+    def apply(self, state, g, w, epsilon, sums):
+        return self.result, keras.ops.ones(())
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+@pytest.mark.parametrize(
+    "state, result, words",
+    [
+        ({}, [tf.ones(2)], r"must return the states \['calls'\]. Received: \[\] of"),
+        ({"calls": []}, [tf.ones(2)], "a list of 1 entries for its state 'calls'"),
+        (None, [tf.ones(1)], r"of the shape \(2,\) of each gradient. Received: shape=\(1,\)"),
+        (None, [], "a tensor for each of 1 gradients"),
+    ],
+)
+def test_what_a_preconditioner_returns_is_checked(state, result, words, fused):
+    """Alike by the fused op and the reference update."""
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = NLCG(0.1, "momentum", Returns(state, result), fused=fused)
+    with pytest.raises(ValueError, match=words):
+        optimizer.apply([tf.ones(2)], [variable])
+    np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+def test_what_a_line_search_returns_is_checked(fused):
+    class Forgetful(nlcg_tf.line_search.OnlineLineSearch):
+        def update(self, state, loss, updates):
+            return {"learning_rate_scale": state["learning_rate_scale"]}
+
+    optimizer = NLCG(0.1, "momentum", line_search=Forgetful(), fused=fused)
+    optimizer.observe_loss(1.0)
+    words = r"the states .*, 'previous_loss'\]. Received: \['learning_rate_scale'\] of"
+    with pytest.raises(ValueError, match=words):
+        optimizer.apply([tf.ones(1)], [keras.Variable([1.0])])
+
+
 @pytest.mark.parametrize(
     "rule, preconditioner, slots",
     [

@@ -16,6 +16,7 @@ from tests.support.problems import (
     RULES,
     flat,
     make_oracle,
+    paper_nlcg,
     relative_difference,
 )
 
@@ -182,6 +183,20 @@ def test_what_is_clipped_to_zero_may_be_infinite(fused):
         optimizer.observe_loss(1.0)
         optimizer.apply([tf.ones(2)], [variable])
         assert np.isfinite([*optimizer.diagnostics().values(), *variable.numpy()]).all()
+
+
+def test_a_curvature_beyond_float16_does_not_end_the_training():
+    """It would be infinite in its slot, and no element of the variable would move again."""
+    variable = keras.Variable([1.0, 1.0], dtype="float16")
+    optimizer = paper_nlcg(0.01, "fletcher_reeves", "bfgs", None)
+    for t in range(6):
+        before = variable.numpy()
+        # A step of 2^-10 changes the gradient by 100: a curvature of 10^5.
+        gradient = [-0.1 if t == 0 else 100.0 if t == 1 else 0.5, 1.0]
+        optimizer.apply([tf.cast(gradient, tf.float16)], [variable])
+        h = optimizer.slots["hessian_diagonal"][0].numpy()
+        assert np.isfinite(h).all()
+    assert h[0] > 6e4 and variable.numpy()[1] < before[1]
 
 
 def test_same_bits_for_any_number_of_threads(fused):

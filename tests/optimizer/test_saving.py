@@ -237,5 +237,22 @@ def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
     train(stranger, 0, 1)
     store = {}
     model.optimizer.save_own_variables(store)
-    with pytest.raises(ValueError, match="shape"):
+    before = bits(stranger)
+    with pytest.raises(ValueError, match=r"shape of variable \d, '.*'.*saved .*, wanted"):
         stranger.optimizer.load_own_variables(store)
+    assert bits(stranger) == before
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+def test_a_state_from_before_the_first_update_starts_anew(settings):
+    """What a trained optimizer has learnt of other weights must not stay; amid a virtual batch."""
+    model, store = compiled_model(settings), {}
+    first = [np.asarray(v) for v in model.variables]
+    paper_nlcg(**{"learning_rate": 0.1, **settings}).save_own_variables(store)
+    train(model, 0, 7)
+    expected = bits(model)
+    model.optimizer.load_own_variables(store)
+    for variable, value in zip(model.variables, first):
+        variable.assign(value)
+    train(model, 0, 7)
+    assert bits(model) == expected
