@@ -81,7 +81,8 @@ class Preconditioner(Configurable):
                 this worker may hold a shard only.
 
         Returns:
-            `(state, accepted)`: the new state, and whether y and s were good enough.
+            `(state, accepted)`: the new state, with the same names and numbers of entries, and
+            whether y and s were good enough.
         """
         return state, True
 
