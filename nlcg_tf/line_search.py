@@ -18,6 +18,7 @@ import keras
 from keras import ops
 
 from nlcg_tf.configurable import Configurable, check_states, is_fraction, is_number
+from nlcg_tf.variables import has_shape
 
 
 def update(line_search, state, loss, updates):
@@ -26,9 +27,15 @@ def update(line_search, state, loss, updates):
     Raises:
         ValueError: for a result with other states.
     """
-    new = line_search.update(state, loss, updates)
+    new = line_search.update(dict(state), loss, updates)
     check_states("line_search", line_search, state, new)
-    return new
+    for name in state:
+        if not has_shape(new[name], ()):
+            raise ValueError(
+                f"`update` of `line_search` must return a scalar as its state '{name}'. "
+                f"Received: {new[name]!r} of line_search={line_search!r}"
+            )
+    return {name: ops.cast(new[name], loss.dtype) for name in state}
 
 
 def _bounded(scale, minimum):

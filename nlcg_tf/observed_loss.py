@@ -11,8 +11,6 @@ from nlcg_tf.loss_scaling import tell_inner_optimizers
 
 if keras.backend.backend() == "tensorflow":
     from nlcg_tf import replicas
-elif keras.backend.backend() == "jax":
-    import jax
 
 # In `observed_loss` where none was observed since the last `apply`. As a loss it is not finite: an
 # update with it is skipped.
@@ -102,8 +100,6 @@ class ObservesLoss(keras.optimizers.Optimizer):
 
     def _check_loss(self):
         known, on_tensorflow = self._loss_is_known, keras.backend.backend() == "tensorflow"
-        if known and _is_lost(self._pending_loss):
-            known, self._pending_loss = False, None
         # A trace that builds the optimizer is made a second time.
         is_repeated = on_tensorflow and not self.built and replicas.is_tracing()
         self._loss_is_known = known and is_repeated
@@ -118,14 +114,3 @@ class ObservesLoss(keras.optimizers.Optimizer):
                 "'fletcher_reeves' or 'polak_ribiere'. "
                 f"Received: update_rule={self.update_rule!r}, line_search={self.line_search!r}"
             )
-
-
-def _is_lost(loss):
-    """Whether a loss is of a trace of JAX that failed before it came to `apply`."""
-    if keras.backend.backend() != "jax" or loss is None:
-        return False
-    try:
-        ops.abs(loss)
-    except jax.errors.UnexpectedTracerError:
-        return True
-    return False

@@ -208,6 +208,14 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         self.reals = self._add_state("reals", values, self.compute_dtype)
         self.counts = self._add_state("counts", [0] * len(COUNTS), "int")
 
+    def _start_anew(self):
+        """Makes the state that of an optimizer that is just built; Keras' own part of it too."""
+        for variable in self.variables[self._count_without_slots :]:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+        for variable, value in self._first_values:
+            variable.assign(ops.broadcast_to(ops.cast(value, variable.dtype), variable.shape))
+        self._updated, self._loss_is_known = None, False
+
     def __setattr__(self, name, value):
         if name in OF_THE_SLOTS and getattr(self, "built", False):
             raise ValueError(

@@ -135,15 +135,16 @@ def update(preconditioner, state, g, w, y, s, gain_ratio, sums):
     """`preconditioner.update`, its states checked.
 
     Raises:
-        ValueError: for a result with other states, or with another number of tensors.
+        ValueError: for a result with other states, another number of tensors or other shapes.
     """
-    new, accepted = preconditioner.update(state, g, w, y, s, gain_ratio, sums)
+    given = {name: [*values] for name, values in state.items()}
+    new, accepted = preconditioner.update(given, g, w, y, s, gain_ratio, sums)
     check_states("preconditioner", preconditioner, state, new)
-    for name, values in new.items():
-        if len(values) != len(state[name]):
+    for name, entries in state.items():
+        if not _have_shapes_of(new[name], entries):
             raise ValueError(
-                f"`update` of a preconditioner must return a list of {len(state[name])} entries "
-                f"for its state '{name}'. Received: {len(values)} of {preconditioner!r}"
+                f"`update` of a preconditioner must return its state '{name}' in the shapes "
+                f"{_shapes(entries)}. Received: {_shapes(new[name])} of {preconditioner!r}"
             )
     return new, accepted
 
@@ -154,18 +155,28 @@ def apply(preconditioner, state, g, w, epsilon, sums):
     if is_whole:
         g, w = sums.pieces(g), None if w is None else sums.pieces(w)
     preconditioned, mean = preconditioner.apply(state, g, w, epsilon, sums)
-    if len(preconditioned) != len(g):
+    if not _have_shapes_of(preconditioned, g):
         raise ValueError(
-            f"`apply` of a preconditioner must return a tensor for each of {len(g)} gradients. "
-            f"Received: {len(preconditioned)} of {preconditioner!r}"
+            f"`apply` of a preconditioner must return tensors of the shapes {_shapes(g)} of the "
+            f"gradients. Received: {_shapes(preconditioned)} of {preconditioner!r}"
         )
-    for new, g_i in zip(preconditioned, g):
-        if not has_shape(new, g_i.shape):
-            raise ValueError(
-                f"`apply` of a preconditioner must return a tensor of the shape {tuple(g_i.shape)} "
-                f"of each gradient. Received: shape={new.shape} of {preconditioner!r}"
-            )
+    if not has_shape(mean, ()):
+        raise ValueError(
+            "`apply` of a preconditioner must return a scalar as the mean of its diagonal. "
+            f"Received: {mean!r} of {preconditioner!r}"
+        )
+    mean = ops.cast(mean, g[0].dtype)
     return sums.join(preconditioned) if is_whole else preconditioned, mean
+
+
+def _have_shapes_of(found, wanted):
+    return len(found) == len(wanted) and all(
+        w is None or (x is not None and has_shape(x, w.shape)) for x, w in zip(found, wanted)
+    )
+
+
+def _shapes(xs):
+    return [tuple(x.shape) if hasattr(x, "shape") else x for x in xs]
 
 
 def norm_limits(weights, sums):

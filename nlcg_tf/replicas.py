@@ -9,10 +9,13 @@ from tensorflow.python.ops import control_flow_util
 
 
 def with_shapes(gradients, variables):
-    """The gradients as dense tensors of the variables' shapes, which a trace may not know."""
-    dense = map(tf.convert_to_tensor, gradients)
+    """The gradients as dense tensors of the variables' shapes, which a trace may not know.
+
+    `None` stays.
+    """
+    dense = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
     return [
-        g if g.shape.is_fully_defined() else tf.ensure_shape(g, v.shape)
+        g if g is None or g.shape.is_fully_defined() else tf.ensure_shape(g, v.shape)
         for g, v in zip(dense, variables)
     ]
 

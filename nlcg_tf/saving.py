@@ -5,7 +5,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 # What decides which variables there are before the first update.
 WITHOUT_SLOTS = ("gradient_accumulation_steps", "uses_loss", "learning_rate")
@@ -53,8 +52,7 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
         saved = {name: store[name] for name in store.keys() if name != "layout"}
         if len(saved) == self._count_without_slots:
             # Saved before the first update: there are no slots to restore.
-            if "layout" in store.keys():
-                self._check_layout(store, WITHOUT_SLOTS)
+            self._check_layout(store, WITHOUT_SLOTS)
             self._start_anew()
             for i, variable in enumerate(self.variables[: self._count_without_slots]):
                 variable.assign(saved[str(i)])
@@ -62,13 +60,6 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
         if self.built and saved:
             self._check_layout(store, self._layout())
         super().load_own_variables(saved)
-
-    def _start_anew(self):
-        """Makes the state that of an optimizer that is just built; Keras' own part of it too."""
-        for variable in self.variables[self._count_without_slots :]:
-            variable.assign(ops.zeros(variable.shape, variable.dtype))
-        for variable, value in self._first_values:
-            variable.assign(ops.broadcast_to(ops.cast(value, variable.dtype), variable.shape))
 
     def _check_layout(self, store, names):
         if "layout" not in store.keys():
@@ -84,15 +75,14 @@ class KnowsItsLayout(keras.optimizers.Optimizer):
             for name in names
             if name in layout and layout[name] != own[name]  # an older version had fewer
         ]
-        count = len(store.keys()) - 1
-        if "slots" in names and count != len(self.variables):
-            other.append(f"variables: saved {count}, wanted {len(self.variables)}")
-        if "slots" in names and not other:
+        saved = {name: tuple(store[name].shape) for name in store.keys() if name != "layout"}
+        if "slots" in names and len(saved) != len(self.variables):
+            other.append(f"variables: saved {len(saved)}, wanted {len(self.variables)}")
+        if not other:
             other = [
-                f"shape of variable {i}, '{v.path}': saved {tuple(store[str(i)].shape)}, "
-                f"wanted {tuple(v.shape)}"
-                for i, v in enumerate(self.variables)
-                if tuple(store[str(i)].shape) != tuple(v.shape)
+                f"shape of '{v.path}': saved {saved.get(str(i))}, wanted {tuple(v.shape)}"
+                for i, v in enumerate(self.variables[: len(saved)])
+                if saved.get(str(i)) != tuple(v.shape)
             ]
         if other:
             raise ValueError(

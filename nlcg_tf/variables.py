@@ -1,6 +1,7 @@
 """Lists of variables, and of their gradients, as they come from a caller."""
 
 import keras
+import numpy as np
 
 
 def plain(variables):
@@ -40,6 +41,6 @@ def check_gradients(grads, variables):
 
 def has_shape(tensor, shape):
     """Whether a tensor has this shape, as far as that is known: a graph may not know all."""
-    found = tensor.shape
+    found = tensor.shape if hasattr(tensor, "shape") else np.shape(tensor)
     is_known = getattr(found, "rank", 0) is not None and None not in tuple(found)
     return not is_known or tuple(found) == tuple(shape)

@@ -87,7 +87,8 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
 
     Args:
         optimizer: the `NLCG`.
-        weights: list of variables to be updated.
+        weights: list of variables to be updated. Of an optimizer that is not built, where the
+            variables lie is not looked at.
     """
     if keras.backend.backend() != "tensorflow":
         return f"the Keras backend is {keras.backend.backend()}, not tensorflow"
@@ -96,7 +97,8 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     if replicas.is_compiled_by_xla():
         return "XLA has no kernel for it: use jit_compile=False"
     dtypes = sorted({keras.backend.standardize_dtype(v.dtype) for v in weights})
-    if dtypes not in (["float32"], ["float64"]) or dtypes != [optimizer.compute_dtype]:
+    of_all = [optimizer.compute_dtype] if optimizer.built else dtypes
+    if dtypes not in (["float32"], ["float64"]) or dtypes != of_all:
         return f"all variables must be float32 or all float64, they are {', '.join(dtypes)}"
     if type(optimizer.preconditioner) not in PRECONDITIONERS:
         name = f"the preconditioner {optimizer.preconditioner!r}"
@@ -108,6 +110,8 @@ def why_not(optimizer: Any, weights: Sequence[Any]) -> str | None:
     if module is None:
         _warn_once(reason)
         return reason
+    if not optimizer.built:
+        return None
     slots = [v.value for v in _slots_of_the_op(optimizer, optimizer.slots)]
     devices = {v.device for v in [*weights, *slots, optimizer.reals.value, optimizer.counts.value]}
     if len(devices) > 1:
@@ -193,9 +197,8 @@ def _given(optimizer, learning_rate, variables):
     state = dict(zip(names, tf.unstack(tf.convert_to_tensor(variables["reals"])[len(REALS) :])))
     updates = tf.convert_to_tensor(variables["counts"])[COUNTS.index("updates")]
     state = line_search.update(search, state, loss, updates)
-    state = [tf.cast(state[name], learning_rate.dtype) for name in names]
-    scale = state[names.index("learning_rate_scale")]
-    return tf.stack([learning_rate, learning_rate * scale, loss, *state])
+    scale = state["learning_rate_scale"]
+    return tf.stack([learning_rate, learning_rate * scale, loss, *state.values()])
 
 
 def _slots_of_the_op(optimizer, slots):

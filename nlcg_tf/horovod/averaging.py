@@ -65,6 +65,9 @@ class Averaging(CountsUpdates):
 
     def _in_order(self, grads, given):
         """The gradients and the variables given, or `None`, as the update takes them."""
+        variables = self._trainable_variables if given is None else given
+        if len(variables) == len(grads):  # otherwise Keras says what is missing
+            grads = replicas.with_shapes(grads, variables)
         return grads, given
 
     def apply_gradients(self, grads_and_vars, **kwargs):
@@ -120,7 +123,7 @@ class Averaging(CountsUpdates):
         # Outside of the graph that is traced, where Keras can read the settings' values.
         with tf.init_scope():
             if not self._are_compared:
-                own[0].update(self._settings())
+                own[0].update(self._settings(variables))
             settings, kinds = zip(*allgather_object(own))
         for worker, found in enumerate(settings):
             _compare_settings(settings[0], found, worker)
@@ -132,7 +135,7 @@ class Averaging(CountsUpdates):
         known = getattr(self, "_loss_is_known", None)
         return {} if known is None else {"observed loss": "known" if known else "not observed"}
 
-    def _settings(self):
+    def _settings(self, variables):
         """All that must be equal, by names, as texts."""
         try:
             config = self.get_config()
@@ -148,8 +151,10 @@ class Averaging(CountsUpdates):
         for number, one in enumerate([self, *inner_optimizers(self)]):
             if isinstance(one, ObservesLoss):
                 # The op and the reference update round otherwise.
-                name, value = _update_of(one)
-                config[name + (f" of inner optimizer {number}" if number else "")] = value
+                weights = plain(one._trainable_variables if one.built else variables)
+                is_fused = one.fused is not False and fused.why_not(one, weights) is None
+                name = f"fused of inner optimizer {number}" if number else "fused"
+                config[name] = "the fused op" if is_fused else "the reference update"
         config.pop("name", None)
         texts = {}
         for name, value in config.items():
@@ -191,17 +196,6 @@ class Averaging(CountsUpdates):
                 "`DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))`."
             )
         super().__setattr__(name, value)
-
-
-def _update_of(optimizer):
-    """Which update an NLCG does, by a name and a text; before it is built, which it can do."""
-    if optimizer.fused is False:
-        return "fused", "the reference update"
-    if not optimizer.built:
-        return "library of the fused op", "found" if fused.is_available() else "not found"
-    weights = plain(optimizer._trainable_variables)
-    reason = fused.why_not(optimizer, weights)
-    return "fused", "the reference update" if reason else "the fused op"
 
 
 def _without_names(value):

@@ -113,7 +113,10 @@ class WatchWorkers(keras.callbacks.Callback):
                     "`gradient_accumulation_steps`": steps,
                 }
             )
-            self._steps = steps
+            # Of those that average once an update, how many steps they average after.
+            optimizer = self.model.optimizer
+            averages_once = isinstance(optimizer, Averaging) and not optimizer._averages_first
+            self._steps = steps if averages_once else 1
             self._watch = Watch(self.seconds).__enter__()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -128,7 +131,10 @@ class WatchWorkers(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         self._watch.tick()
         # Within a virtual batch no worker waits for others, but perhaps for its input.
-        self._micro_step += self.model.steps_per_execution
+        steps = self.model.steps_per_execution
+        if self.params.get("steps"):
+            steps = min(steps, self.params["steps"] - batch)
+        self._micro_step += steps
         self._watch.place = A_STEP if self._micro_step >= self._steps else ""
         self._micro_step %= self._steps
 

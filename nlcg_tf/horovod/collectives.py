@@ -23,7 +23,7 @@ WORDS |= {tf.uint32: tf.int32, tf.uint64: tf.int64}
 
 
 def average(tensors: Sequence[Any]) -> list[Any]:
-    """Averages over the workers: one grouped all-reduce, or one for each type of number."""
+    """Averages over the workers, the tensors of each type of number together."""
     averages = list(tensors)
     for dtype in {x.dtype: None for x in tensors}:
         places = [i for i, x in enumerate(tensors) if x.dtype == dtype]

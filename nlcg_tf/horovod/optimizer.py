@@ -27,7 +27,8 @@ def DistributedOptimizer(
     `optimizer` itself becomes distributed, and is returned. A saved model has the plain optimizer.
 
     Each update averages the gradients, and the loss that NLCG observes, in one grouped all-reduce
-    before the gradients are clipped. With `gradient_accumulation_steps` this happens once per
+    before the gradients are clipped (gradients of 16 bits in an all-to-all and an all-gather, so
+    that they are added up in float32). With `gradient_accumulation_steps` this happens once per
     update; micro-steps communicate nothing. An optimizer with its own `apply`, such as
     `LossScaleOptimizer` or `MultiOptimizer`, receives averaged gradients; an `apply_gradients` of
     its own comes before and receives those of one worker.

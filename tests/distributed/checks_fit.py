@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
 from nlcg_tf import NLCG
+from nlcg_tf.horovod.watch import A_STEP
 from tests.distributed.training import BATCH, expect, make, shard_of
 from tests.support.problems import (
     digits_data,
@@ -140,6 +141,25 @@ def check_a_worker_that_waits_for_its_input_is_not_taken_for_a_deadlock():
     callbacks = [hvd.WatchWorkers(1.5), hvd.BroadcastVariables(), hvd.SumMetrics()]
     model.fit(Slow(), verbose=0, callbacks=callbacks)
     assert int(optimizer._iterations) == 3
+
+
+def check_the_watch_knows_in_which_steps_workers_wait():
+    """Those with an average: the last of a virtual batch, or each with an `apply` of one's own."""
+    for own, at_once, expected in ((0, 1, "...A...A.."), (0, 4, "AA."), (1, 1, "AAAAAAAAAA")):
+        optimizer = (OwnApply if own else keras.optimizers.SGD)(gradient_accumulation_steps=4)
+        model, watch, places = regression_model(), hvd.WatchWorkers(), []
+        optimizer = hvd.DistributedOptimizer(optimizer)
+        model.compile(optimizer, "mse", jit_compile=False, steps_per_execution=at_once)
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda batch, logs, w=watch, p=places: p.append(w._watch.place)
+        )
+        model.fit(*regression_data(80), batch_size=8, verbose=0, callbacks=[watch, note])
+        assert "".join("A" if place == A_STEP else "." for place in places) == expected
+
+
+class OwnApply(keras.optimizers.SGD):
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
 
 
 def check_a_worker_that_drifts_in_fit_is_named():

@@ -355,20 +355,25 @@ def check_settings_that_differ_are_refused():
 
 
 def check_a_fused_op_that_one_worker_lacks_is_an_error_on_all():
-    """Built or not before the first update, and inside of a loss scale."""
+    """Built or not before the first update, and inside of a loss scale; if one would use it."""
     library = nlcg_update.LIBRARY
     scaled = keras.optimizers.LossScaleOptimizer
-    for wrap, is_built in ((lambda x: x, True), (lambda x: x, False), (scaled, False)):
-        variable, optimizer = keras.Variable([1.0]), wrap(NLCG(0.1, "momentum"))
-        optimizer = hvd.DistributedOptimizer(optimizer)
+    forms = [(NLCG(0.1, "momentum"), is_built, True) for is_built in (True, False)]
+    forms += [(scaled(NLCG(0.1, "momentum")), is_built, True) for is_built in (True, False)]
+    forms.append((NLCG(0.1, "polak_ribiere", "spectral"), False, False))
+    for optimizer, is_built, is_error in forms:
+        variable, optimizer = keras.Variable([1.0]), hvd.DistributedOptimizer(optimizer)
         if is_built:
             optimizer.build([variable])
         try:
             if hvd.rank() == 1:
                 nlcg_update.LIBRARY = library.with_name("nothing.so")
                 nlcg_update._load.cache_clear()
-            words = "fused.* on worker 0.* on worker 1"
-            expect(ValueError, words, optimizer.apply, [tf.ones(1)], [variable])
+            if is_error:
+                words = "fused.*the fused op. on worker 0, .the reference update. on worker 1"
+                expect(ValueError, words, optimizer.apply, [tf.ones(1)], [variable])
+            else:
+                optimizer.apply([tf.ones(1)], [variable])
         finally:
             nlcg_update.LIBRARY = library
             nlcg_update._load.cache_clear()
@@ -383,6 +388,17 @@ def check_numbers_that_horovod_does_not_know_are_broadcast():
     hvd.broadcast([text], root_rank=1)
     assert text.numpy() == [b"worker 1"]
     hvd.check_identical([text])
+
+
+def check_gradients_of_shapes_that_a_graph_does_not_know():
+    for compression in (None, "fp16", "bf16"):
+        variables = [keras.Variable([1.0, 1.0]), keras.Variable([1.0])]
+        sgd = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression)
+        sgd.build(variables)
+        apply = lambda x: sgd.apply([x, None], variables)  # noqa: E731, B023
+        step = tf.function(apply, input_signature=[tf.TensorSpec([None])])
+        step(tf.ones(2) + 2 * hvd.rank())
+        np.testing.assert_array_equal(flat(variables), [-1.0, -1.0, 1.0])
 
 
 def check_float16_gradients_whose_sum_overflows():

@@ -122,47 +122,6 @@ for form in (
 """
 
 
-FAILED_TRACE = """
-import jax
-import keras
-import numpy as np
-
-import nlcg_tf
-
-variable, optimizer = keras.Variable(np.ones(3)), nlcg_tf.NLCG(0.1)
-optimizer.build([variable])
-
-def fails(x):
-    optimizer.observe_loss(x.sum())
-    raise RuntimeError("the user's own error")
-
-for observes in (False, True):
-    try:
-        jax.jit(fails)(np.ones(3))
-    except RuntimeError:
-        pass
-    try:
-        if observes:
-            optimizer.observe_loss(1.0)
-        optimizer.apply([np.ones(3)], [variable])
-        assert observes
-    except ValueError as error:
-        assert "NLCG has not seen the loss" in str(error) and not observes
-np.testing.assert_allclose(variable.numpy(), 0.9 * np.ones(3))
-"""
-
-
-def test_a_trace_that_failed_leaves_no_loss_behind():
-    """JAX's error about a leaked tracer would name neither the loss nor the optimizer."""
-    pytest.importorskip("jax")
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    result = subprocess.run(
-        [sys.executable, "-c", FAILED_TRACE], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-
-
 def test_devices_of_jax_that_divide_the_batch_or_the_model():
     pytest.importorskip("jax")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"

@@ -65,46 +65,78 @@ def test_a_line_search_with_another_state_than_it_must_have_is_refused(state, wo
 class Returns(SignDescent):
     """What it is told to, right or wrong."""
 
-    def __init__(self, state, result):
-        self.state, self.result = state, result
+    def __init__(self, change, result, mean=1.0):
+        self.change, self.result, self.mean = change, result, mean
 
     def update(self, state, g, w, y, s, gain_ratio, sums):
-        return state if self.state is None else self.state, True
+        if self.change is not None:
+            self.change(state)
+        return state, True
 
     def apply(self, state, g, w, epsilon, sums):
-        return self.result, keras.ops.ones(())
+        return self.result, self.mean
 
 
 @pytest.mark.parametrize("fused", [False, "auto"])
 @pytest.mark.parametrize(
-    "state, result, words",
+    "returned, words",
     [
-        ({}, [tf.ones(2)], r"must return the states \['calls'\]. Received: \[\] of"),
-        ({"calls": []}, [tf.ones(2)], "a list of 1 entries for its state 'calls'"),
-        (None, [tf.ones(1)], r"of the shape \(2,\) of each gradient. Received: shape=\(1,\)"),
-        (None, [], "a tensor for each of 1 gradients"),
+        ((dict.clear, [tf.ones(2)]), r"must return the states \['calls'\]. Received: \[\] of"),
+        ((lambda s: s.update(calls=[]), [tf.ones(2)]), r"'calls' in .*\(2,\)\]. Received: \[\] of"),
+        ((lambda s: s.update(calls=[1.0]), [tf.ones(2)]), r"'calls' in .* Received: \[1.0\] of"),
+        ((lambda s: s["calls"].pop(), [tf.ones(2)]), r"'calls' in .*\(2,\)\]. Received: \[\] of"),
+        ((None, [tf.ones(1)]), r"the shapes \[\(2,\)\] of the gradients. Received: \[\(1,\)\]"),
+        ((None, [tf.ones(2)], [1.0, 2.0]), r"a scalar as the mean .* Received: \[1.0, 2.0\] of"),
     ],
 )
-def test_what_a_preconditioner_returns_is_checked(state, result, words, fused):
-    """Alike by the fused op and the reference update."""
+def test_what_a_preconditioner_returns_is_checked(returned, words, fused):
+    """Alike by the fused op and the reference update, also what is changed in place."""
     variable = keras.Variable([1.0, 2.0])
-    optimizer = NLCG(0.1, "momentum", Returns(state, result), fused=fused)
+    optimizer = NLCG(0.1, "momentum", Returns(*returned), fused=fused)
     with pytest.raises(ValueError, match=words):
         optimizer.apply([tf.ones(2)], [variable])
     np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
 
 
-@pytest.mark.parametrize("fused", [False, "auto"])
-def test_what_a_line_search_returns_is_checked(fused):
-    class Forgetful(nlcg_tf.line_search.OnlineLineSearch):
-        def update(self, state, loss, updates):
-            return {"learning_rate_scale": state["learning_rate_scale"]}
+class Changing:
+    """A line search that makes a change of its state, right or wrong."""
 
-    optimizer = NLCG(0.1, "momentum", line_search=Forgetful(), fused=fused)
+    def __init__(self, change):
+        self.change = change
+
+    def initial_state(self):
+        return {"learning_rate_scale": 1.0, "own": 0.0}
+
+    def update(self, state, loss, updates):
+        self.change(state)
+        return state
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.pop("own"), r"the states .* Received: \['learning_rate_scale'\] of"),
+        (lambda s: s.update(beta=0.5), r"the states .* Received: \['beta', 'learning_rate_scale'"),
+        (lambda s: s.update(own=[1.0]), r"a scalar as its state 'own'. Received: \[1.0\] of"),
+    ],
+)
+def test_what_a_line_search_returns_is_checked(change, words, fused):
+    variable = keras.Variable([1.0])
+    optimizer = NLCG(0.1, "momentum", line_search=Changing(change), fused=fused)
     optimizer.observe_loss(1.0)
-    words = r"the states .*, 'previous_loss'\]. Received: \['learning_rate_scale'\] of"
     with pytest.raises(ValueError, match=words):
-        optimizer.apply([tf.ones(1)], [keras.Variable([1.0])])
+        optimizer.apply([tf.ones(1)], [variable])
+    assert variable.numpy() == [1.0]
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+def test_a_line_search_may_keep_numbers_of_another_type(fused):
+    change = lambda s: s.update(own=np.float64(3))  # noqa: E731
+    optimizer = NLCG(0.1, "momentum", line_search=Changing(change), fused=fused)
+    optimizer.observe_loss(1.0)
+    optimizer.apply([tf.ones(1)], [keras.Variable([1.0])])
+    assert optimizer.reals.numpy()[-1] == 3
 
 
 @pytest.mark.parametrize(

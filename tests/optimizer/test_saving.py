@@ -238,9 +238,28 @@ def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
     store = {}
     model.optimizer.save_own_variables(store)
     before = bits(stranger)
-    with pytest.raises(ValueError, match=r"shape of variable \d, '.*'.*saved .*, wanted"):
+    with pytest.raises(ValueError, match=r"shape of '.*': saved .*, wanted"):
         stranger.optimizer.load_own_variables(store)
     assert bits(stranger) == before
+
+
+def test_a_strangers_state_of_as_many_variables_is_an_error(tmp_path):
+    """SGD has two before the first update as after it; a shape that does not fit; one missing."""
+    model, sgd = regression_model(), keras.optimizers.SGD(0.5)
+    model.compile(optimizer=NLCG(0.1, "momentum", None), loss="mse", run_eagerly=True)
+    train(model, 0, 2)
+    sgd.build(model.trainable_variables)
+    stores = [{}, {}, {}]
+    sgd.save_own_variables(stores[0])
+    for store in stores[1:]:
+        NLCG(0.1, "momentum", None).save_own_variables(store)
+    stores[1]["1"] = np.ones(2, "float32")
+    stores[2]["2"] = stores[2].pop("1")
+    before = bits(model)
+    for store, words in zip(stores, ["another optimizer's", r"saved \(2,\)", "saved None"]):
+        with pytest.raises(ValueError, match=f"saved state of optimizer 'nlcg'.*{words}"):
+            model.optimizer.load_own_variables(store)
+    assert bits(model) == before
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
