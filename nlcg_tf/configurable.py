@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 
 import keras
 
@@ -57,10 +58,11 @@ def check_number(name, value, least, most):
 
 def check_states(argument, found, wanted, names):
     """Raises a ValueError if `update` of an argument's object returned other states than it has."""
-    if set(names) != set(wanted):
+    is_mapping = isinstance(names, Mapping)
+    if not is_mapping or set(names) != set(wanted):
         raise ValueError(
             f"`update` of `{argument}` must return the states {sorted(wanted)}. "
-            f"Received: {sorted(names)} of {argument}={found!r}"
+            f"Received: {sorted(names) if is_mapping else names!r} of {argument}={found!r}"
         )
 
 

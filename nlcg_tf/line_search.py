@@ -25,7 +25,7 @@ def update(line_search, state, loss, updates):
     """`line_search.update`, its states checked.
 
     Raises:
-        ValueError: for a result with other states.
+        ValueError: for a result with other states, or one that is no scalar.
     """
     new = line_search.update(dict(state), loss, updates)
     check_states("line_search", line_search, state, new)

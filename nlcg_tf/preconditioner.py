@@ -17,7 +17,7 @@ from keras import ops
 from nlcg_tf.configurable import Configurable, check_states, is_fraction, is_number, resolve
 from nlcg_tf.polar import matrix_shape, polar_factors
 from nlcg_tf.reductions import TINY, Sums, norm
-from nlcg_tf.variables import has_shape
+from nlcg_tf.variables import has_shape, with_shape
 
 Tensors = list[Any]
 State = dict[str, list[Any | None]]
@@ -81,8 +81,8 @@ class Preconditioner(Configurable):
                 this worker may hold a shard only.
 
         Returns:
-            `(state, accepted)`: the new state, with the same names and numbers of entries, and
-            whether y and s were good enough.
+            `(state, accepted)`: the new state, with the same names, numbers of entries and
+            shapes, and whether y and s were good enough.
         """
         return state, True
 
@@ -131,22 +131,29 @@ def get(identifier: Any) -> Any:
     return found
 
 
-def update(preconditioner, state, g, w, y, s, gain_ratio, sums):
-    """`preconditioner.update`, its states checked.
+def update(preconditioner, state, *what):
+    """`preconditioner.update(state, *what)`, its result checked.
 
     Raises:
-        ValueError: for a result with other states, another number of tensors or other shapes.
+        ValueError: for other states, another number of tensors or other shapes, and for an
+            `accepted` that is no scalar.
     """
     given = {name: [*values] for name, values in state.items()}
-    new, accepted = preconditioner.update(given, g, w, y, s, gain_ratio, sums)
+    new, accepted = _pair("update", preconditioner, preconditioner.update(given, *what))
     check_states("preconditioner", preconditioner, state, new)
+    fitted = {name: _fitted(new[name], entries) for name, entries in state.items()}
     for name, entries in state.items():
-        if not _have_shapes_of(new[name], entries):
+        if fitted[name] is None:
             raise ValueError(
                 f"`update` of a preconditioner must return its state '{name}' in the shapes "
                 f"{_shapes(entries)}. Received: {_shapes(new[name])} of {preconditioner!r}"
             )
-    return new, accepted
+    if accepted is None or not has_shape(accepted, ()):
+        raise ValueError(
+            "`update` of a preconditioner must say by a scalar whether it accepted y and s. "
+            f"Received: {accepted!r} of {preconditioner!r}"
+        )
+    return fitted, ops.cast(accepted, "bool")
 
 
 def apply(preconditioner, state, g, w, epsilon, sums):
@@ -154,13 +161,15 @@ def apply(preconditioner, state, g, w, epsilon, sums):
     is_whole = preconditioner.couples != "elements"
     if is_whole:
         g, w = sums.pieces(g), None if w is None else sums.pieces(w)
-    preconditioned, mean = preconditioner.apply(state, g, w, epsilon, sums)
-    if not _have_shapes_of(preconditioned, g):
+    result = preconditioner.apply(state, g, w, epsilon, sums)
+    found, mean = _pair("apply", preconditioner, result)
+    preconditioned = _fitted(found, g)
+    if preconditioned is None:
         raise ValueError(
             f"`apply` of a preconditioner must return tensors of the shapes {_shapes(g)} of the "
-            f"gradients. Received: {_shapes(preconditioned)} of {preconditioner!r}"
+            f"gradients. Received: {_shapes(found)} of {preconditioner!r}"
         )
-    if not has_shape(mean, ()):
+    if mean is None or not has_shape(mean, ()):
         raise ValueError(
             "`apply` of a preconditioner must return a scalar as the mean of its diagonal. "
             f"Received: {mean!r} of {preconditioner!r}"
@@ -169,14 +178,30 @@ def apply(preconditioner, state, g, w, epsilon, sums):
     return sums.join(preconditioned) if is_whole else preconditioned, mean
 
 
-def _have_shapes_of(found, wanted):
-    return len(found) == len(wanted) and all(
-        w is None or (x is not None and has_shape(x, w.shape)) for x, w in zip(found, wanted)
-    )
+def _pair(method, preconditioner, result):
+    if not isinstance(result, (list, tuple)) or len(result) != 2:
+        raise ValueError(
+            f"`{method}` of a preconditioner must return two things. "
+            f"Received: {result!r} of {preconditioner!r}"
+        )
+    return result
+
+
+def _fitted(found, wanted):
+    """Tensors of the wanted ones' types and shapes; `None` where those found have other shapes."""
+    if not isinstance(found, (list, tuple)) or len(found) != len(wanted):
+        return None
+    pairs = [(x, w) for x, w in zip(found, wanted) if w is not None]
+    if any(x is None or not has_shape(x, w.shape) for x, w in pairs):
+        return None
+    tensors = iter([with_shape(ops.cast(x, w.dtype), w.shape) for x, w in pairs])
+    return [None if w is None else next(tensors) for w in wanted]
 
 
 def _shapes(xs):
-    return [tuple(x.shape) if hasattr(x, "shape") else x for x in xs]
+    if not isinstance(xs, (list, tuple)):
+        return xs
+    return f"[{', '.join(str(getattr(x, 'shape', x)) for x in xs)}]"
 
 
 def norm_limits(weights, sums):

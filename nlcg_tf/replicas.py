@@ -11,13 +11,18 @@ from tensorflow.python.ops import control_flow_util
 def with_shapes(gradients, variables):
     """The gradients as dense tensors of the variables' shapes, which a trace may not know.
 
-    `None` stays.
+    Integers, and what is no tensor, become of the variable's type. `None` stays.
     """
-    dense = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
-    return [
-        g if g is None or g.shape.is_fully_defined() else tf.ensure_shape(g, v.shape)
-        for g, v in zip(dense, variables)
-    ]
+
+    def dense(gradient, variable):
+        tensor = tf.convert_to_tensor(gradient)
+        is_real = not tensor.dtype.is_complex
+        if is_real and (tensor.dtype.is_integer or not tf.is_tensor(gradient)):
+            tensor = tf.cast(tensor, variable.dtype)
+        is_known = tensor.shape.is_fully_defined()
+        return tensor if is_known else tf.ensure_shape(tensor, variable.shape)
+
+    return [g if g is None else dense(g, v) for g, v in zip(gradients, variables)]
 
 
 def sum_over_replicas(tensors):

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from keras import ops
 
 
 def plain(variables):
@@ -39,8 +40,19 @@ def check_gradients(grads, variables):
             )
 
 
-def has_shape(tensor, shape):
-    """Whether a tensor has this shape, as far as that is known: a graph may not know all."""
-    found = tensor.shape if hasattr(tensor, "shape") else np.shape(tensor)
-    is_known = getattr(found, "rank", 0) is not None and None not in tuple(found)
-    return not is_known or tuple(found) == tuple(shape)
+def has_shape(x, shape):
+    """Whether a tensor, or what can be made one, has this shape, as far as a graph knows that."""
+    known = _known_shape(x)
+    return known is None or known == tuple(shape)
+
+
+def with_shape(tensor, shape):
+    """The tensor in the shape that it has, which a graph may not know."""
+    return ops.reshape(tensor, shape) if _known_shape(tensor) is None else tensor
+
+
+def _known_shape(x):
+    shape = x.shape if hasattr(x, "shape") else np.shape(x)
+    if getattr(shape, "rank", 0) is None or None in tuple(shape):
+        return None
+    return tuple(shape)

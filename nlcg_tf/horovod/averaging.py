@@ -149,9 +149,9 @@ class Averaging(CountsUpdates):
         }
         config |= {"average_with": len(self._average_with)}
         for number, one in enumerate([self, *inner_optimizers(self)]):
-            if isinstance(one, ObservesLoss):
+            weights = plain(one._trainable_variables if one.built else variables)
+            if isinstance(one, ObservesLoss) and all(hasattr(v, "dtype") for v in weights):
                 # The op and the reference update round otherwise.
-                weights = plain(one._trainable_variables if one.built else variables)
                 is_fused = one.fused is not False and fused.why_not(one, weights) is None
                 name = f"fused of inner optimizer {number}" if number else "fused"
                 config[name] = "the fused op" if is_fused else "the reference update"

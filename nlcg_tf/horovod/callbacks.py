@@ -141,6 +141,14 @@ class WatchWorkers(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self._watch.place = ""
 
+    def on_test_begin(self, logs=None):
+        # Without a known length of the data Keras begins a step after the last, and never ends it.
+        if self._watch is not None:  # `evaluate` begins a test too
+            self._watch.place = ""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._watch.place = ""
+
     def on_train_end(self, logs=None):
         with entering("for the next epoch"):
             _compare({"next epoch": "none, it has stopped"})

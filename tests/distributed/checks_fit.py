@@ -157,6 +157,24 @@ def check_the_watch_knows_in_which_steps_workers_wait():
         assert "".join("A" if place == A_STEP else "." for place in places) == expected
 
 
+def check_no_worker_waits_in_a_step_after_the_last():
+    """Data of unknown length: Keras begins one more step, and never ends it."""
+    x, y = regression_data(40)
+    data = tf.data.Dataset.from_generator(
+        lambda: zip(np.split(x, 5), np.split(y, 5)),
+        output_signature=tuple(tf.TensorSpec((8, n)) for n in (4, 1)),
+    )
+    model, watch, places = regression_model(), hvd.WatchWorkers(), []
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD())
+    model.compile(optimizer, "mse", jit_compile=False)
+    note = lambda *_: places.append(watch._watch.place)  # noqa: E731
+    at_end = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: note())
+    at_end.on_test_begin = lambda logs=None: note()
+    model.fit(data, verbose=0, callbacks=[watch, at_end], validation_data=(x, y))
+    assert places == ["", ""]
+    model.evaluate(data, verbose=0, callbacks=[watch])
+
+
 class OwnApply(keras.optimizers.SGD):
     def apply(self, grads, trainable_variables=None):
         super().apply(grads, trainable_variables)

@@ -401,6 +401,23 @@ def check_gradients_of_shapes_that_a_graph_does_not_know():
         np.testing.assert_array_equal(flat(variables), [-1.0, -1.0, 1.0])
 
 
+def check_gradients_that_are_no_tensors_or_no_floats():
+    """They are averaged as numbers of the variable's type, on each of several micro-steps too."""
+    for steps, dtype in ((None, "float32"), (2, "float32"), (2, "float64")):
+        number = 1 + hvd.rank()  # 1.5 in the mean
+        for gradient in (np.full(2, 1.0 * number), [1.0 * number] * 2, tf.fill([2], number)):
+            variable = keras.Variable([1.0, 1.0], dtype=dtype)
+            sgd = keras.optimizers.SGD(1.0, gradient_accumulation_steps=steps)
+            sgd = hvd.DistributedOptimizer(sgd)
+            for _ in range(steps or 1):
+                sgd.apply([gradient], [variable])
+            np.testing.assert_array_equal(variable.numpy(), [-0.5, -0.5])
+    optimizer = hvd.DistributedOptimizer(NLCG(0.1, "momentum"))
+    expect(
+        ValueError, "NLCG updates variables. Received: 'x'", optimizer.apply, [tf.ones(2)], ["x"]
+    )
+
+
 def check_float16_gradients_whose_sum_overflows():
     variable = keras.Variable([1.0])
     sgd = hvd.DistributedOptimizer(keras.optimizers.SGD(1e-4), compression="fp16")

@@ -65,13 +65,14 @@ def test_a_line_search_with_another_state_than_it_must_have_is_refused(state, wo
 class Returns(SignDescent):
     """What it is told to, right or wrong."""
 
-    def __init__(self, change, result, mean=1.0):
-        self.change, self.result, self.mean = change, result, mean
+    def __init__(self, change, result, mean=1.0, accepted=True):
+        self.change, self.result, self.mean, self.accepted = change, result, mean, accepted
 
     def update(self, state, g, w, y, s, gain_ratio, sums):
         if self.change is not None:
-            self.change(state)
-        return state, True
+            changed = self.change(state)
+            state = state if changed is None else changed
+        return state, self.accepted
 
     def apply(self, state, g, w, epsilon, sums):
         return self.result, self.mean
@@ -84,9 +85,13 @@ class Returns(SignDescent):
         ((dict.clear, [tf.ones(2)]), r"must return the states \['calls'\]. Received: \[\] of"),
         ((lambda s: s.update(calls=[]), [tf.ones(2)]), r"'calls' in .*\(2,\)\]. Received: \[\] of"),
         ((lambda s: s.update(calls=[1.0]), [tf.ones(2)]), r"'calls' in .* Received: \[1.0\] of"),
-        ((lambda s: s["calls"].pop(), [tf.ones(2)]), r"'calls' in .*\(2,\)\]. Received: \[\] of"),
+        ((lambda s: s["calls"].clear(), [tf.ones(2)]), r"'calls' in .*\(2,\)\]. Received: \[\] of"),
         ((None, [tf.ones(1)]), r"the shapes \[\(2,\)\] of the gradients. Received: \[\(1,\)\]"),
         ((None, [tf.ones(2)], [1.0, 2.0]), r"a scalar as the mean .* Received: \[1.0, 2.0\] of"),
+        ((None, None), r"of the gradients. Received: None of"),
+        ((lambda s: [1], [tf.ones(2)]), r"must return the states \['calls'\]. Received: \[1\] of"),
+        ((None, [tf.ones(2)], 1.0, None), "a scalar whether it accepted .* Received: None of"),
+        ((None, [tf.ones(2)], 1.0, [True] * 2), r"whether it accepted .*\[True, True\] of"),
     ],
 )
 def test_what_a_preconditioner_returns_is_checked(returned, words, fused):
@@ -96,6 +101,32 @@ def test_what_a_preconditioner_returns_is_checked(returned, words, fused):
     with pytest.raises(ValueError, match=words):
         optimizer.apply([tf.ones(2)], [variable])
     np.testing.assert_array_equal(variable.numpy(), [1.0, 2.0])
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("calls", [[2.0, 2.0], tf.constant([2, 2]), np.full(2, 2.0)])
+def test_a_preconditioner_may_return_numbers_of_another_type(calls, dtype, fused):
+    variable = keras.Variable([1.0, 2.0], dtype=dtype)
+    returned = Returns(lambda s: {"calls": [calls]}, (calls,), np.float64(1), 1)
+    optimizer = NLCG(0.5, "momentum", returned, fused=fused, nesterov=False)
+    optimizer.build([variable])
+    tf.function(lambda g: optimizer.apply([g]))(tf.ones(2))
+    np.testing.assert_array_equal(variable.numpy(), [0.0, 1.0])
+    np.testing.assert_array_equal(optimizer.slots["calls"][0].numpy(), [2.0, 2.0])
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+def test_a_preconditioner_may_return_shapes_that_a_graph_does_not_know(fused):
+    class Unknown(SignDescent):
+        def apply(self, state, g, w, epsilon, sums):
+            return [tf.numpy_function(np.sign, [x], x.dtype) for x in g], 1.0
+
+    variable = keras.Variable([1.0, 2.0])
+    optimizer = NLCG(0.5, "momentum", Unknown(), fused=fused, nesterov=False)
+    optimizer.build([variable])
+    tf.function(lambda g: optimizer.apply([g]))(tf.ones(2))
+    np.testing.assert_array_equal(variable.numpy(), [0.5, 1.5])
 
 
 class Changing:
