@@ -132,7 +132,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
                 )
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         # Of each variable that this class adds. Keras would take those in a list for more of them.
-        self._first_values = collections.UserList()
+        self._first_values: collections.UserList[tuple[Any, Any]] = collections.UserList()
         self.preconditioner = preconditioners.get(preconditioner)
         is_spectral = isinstance(self.preconditioner, preconditioners.Spectral)
         self.update_rule = update_rule or ("momentum" if is_spectral else "blended")
