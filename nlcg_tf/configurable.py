@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
 
 import keras
 
@@ -53,16 +52,6 @@ def check_number(name, value, least, most):
     if not valid or not least <= number <= most:
         raise ValueError(
             f"`{name}` must be a number between {least} and {most}. Received: {name}={value!r}"
-        )
-
-
-def check_states(argument, found, wanted, names):
-    """Raises a ValueError if `update` of an argument's object returned other states than it has."""
-    is_mapping = isinstance(names, Mapping)
-    if not is_mapping or set(names) != set(wanted):
-        raise ValueError(
-            f"`update` of `{argument}` must return the states {sorted(wanted)}. "
-            f"Received: {sorted(names) if is_mapping else names!r} of {argument}={found!r}"
         )
 
 

@@ -17,25 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from nlcg_tf.configurable import Configurable, check_states, is_fraction, is_number
-from nlcg_tf.variables import has_shape
-
-
-def update(line_search, state, loss, updates):
-    """`line_search.update`, its states checked.
-
-    Raises:
-        ValueError: for a result with other states, or one that is no scalar.
-    """
-    new = line_search.update(dict(state), loss, updates)
-    check_states("line_search", line_search, state, new)
-    for name in state:
-        if not has_shape(new[name], ()):
-            raise ValueError(
-                f"`update` of `line_search` must return a scalar as its state '{name}'. "
-                f"Received: {new[name]!r} of line_search={line_search!r}"
-            )
-    return {name: ops.cast(new[name], loss.dtype) for name in state}
+from nlcg_tf.configurable import Configurable, is_fraction, is_number
 
 
 def _bounded(scale, minimum):

@@ -285,7 +285,7 @@ class NLCG(ObservesLoss, KnowsItsLayout, CountsUpdates, keras.optimizers.Optimiz
         grads = [g if hasattr(g, "shape") else ops.convert_to_tensor(g) for g in grads]
         check_gradients(grads, trainable_variables)
         if keras.backend.backend() == "tensorflow":
-            grads = replicas.with_shapes(grads, trainable_variables)
+            grads = replicas.dense_gradients(grads, trainable_variables)
         positions = [self._get_variable_index(v) for v in trainable_variables]
         self._warn_of_other_variables(positions)
         weight_decays = [

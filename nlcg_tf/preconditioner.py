@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from nlcg_tf.configurable import Configurable, check_states, is_fraction, is_number, resolve
+from nlcg_tf.configurable import Configurable, is_fraction, is_number, resolve
 from nlcg_tf.polar import matrix_shape, polar_factors
 from nlcg_tf.reductions import TINY, Sums, norm
-from nlcg_tf.variables import has_shape, with_shape
 
 Tensors = list[Any]
 State = dict[str, list[Any | None]]
@@ -129,79 +128,6 @@ def get(identifier: Any) -> Any:
                 f"Received: {found!r}"
             ) from None
     return found
-
-
-def update(preconditioner, state, *what):
-    """`preconditioner.update(state, *what)`, its result checked.
-
-    Raises:
-        ValueError: for other states, another number of tensors or other shapes, and for an
-            `accepted` that is no scalar.
-    """
-    given = {name: [*values] for name, values in state.items()}
-    new, accepted = _pair("update", preconditioner, preconditioner.update(given, *what))
-    check_states("preconditioner", preconditioner, state, new)
-    fitted = {name: _fitted(new[name], entries) for name, entries in state.items()}
-    for name, entries in state.items():
-        if fitted[name] is None:
-            raise ValueError(
-                f"`update` of a preconditioner must return its state '{name}' in the shapes "
-                f"{_shapes(entries)}. Received: {_shapes(new[name])} of {preconditioner!r}"
-            )
-    if accepted is None or not has_shape(accepted, ()):
-        raise ValueError(
-            "`update` of a preconditioner must say by a scalar whether it accepted y and s. "
-            f"Received: {accepted!r} of {preconditioner!r}"
-        )
-    return fitted, ops.cast(accepted, "bool")
-
-
-def apply(preconditioner, state, g, w, epsilon, sums):
-    """`preconditioner.apply`; of shards that hold whole variables with each of those by itself."""
-    is_whole = preconditioner.couples != "elements"
-    if is_whole:
-        g, w = sums.pieces(g), None if w is None else sums.pieces(w)
-    result = preconditioner.apply(state, g, w, epsilon, sums)
-    found, mean = _pair("apply", preconditioner, result)
-    preconditioned = _fitted(found, g)
-    if preconditioned is None:
-        raise ValueError(
-            f"`apply` of a preconditioner must return tensors of the shapes {_shapes(g)} of the "
-            f"gradients. Received: {_shapes(found)} of {preconditioner!r}"
-        )
-    if mean is None or not has_shape(mean, ()):
-        raise ValueError(
-            "`apply` of a preconditioner must return a scalar as the mean of its diagonal. "
-            f"Received: {mean!r} of {preconditioner!r}"
-        )
-    mean = ops.cast(mean, g[0].dtype)
-    return sums.join(preconditioned) if is_whole else preconditioned, mean
-
-
-def _pair(method, preconditioner, result):
-    if not isinstance(result, (list, tuple)) or len(result) != 2:
-        raise ValueError(
-            f"`{method}` of a preconditioner must return two things. "
-            f"Received: {result!r} of {preconditioner!r}"
-        )
-    return result
-
-
-def _fitted(found, wanted):
-    """Tensors of the wanted ones' types and shapes; `None` where those found have other shapes."""
-    if not isinstance(found, (list, tuple)) or len(found) != len(wanted):
-        return None
-    pairs = [(x, w) for x, w in zip(found, wanted) if w is not None]
-    if any(x is None or not has_shape(x, w.shape) for x, w in pairs):
-        return None
-    tensors = iter([with_shape(ops.cast(x, w.dtype), w.shape) for x, w in pairs])
-    return [None if w is None else next(tensors) for w in wanted]
-
-
-def _shapes(xs):
-    if not isinstance(xs, (list, tuple)):
-        return xs
-    return f"[{', '.join(str(getattr(x, 'shape', x)) for x in xs)}]"
 
 
 def norm_limits(weights, sums):

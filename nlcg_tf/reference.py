@@ -23,7 +23,7 @@ Source: Adya, Palakkode & Tuzel 2018, arXiv 1812.02886, Algorithm 1 and section 
 
 from keras import ops
 
-from nlcg_tf import direction, line_search, noise, preconditioner
+from nlcg_tf import checked, direction, noise
 from nlcg_tf.preconditioner import Preconditioner, limited, norm_limits
 from nlcg_tf.reductions import total
 
@@ -33,7 +33,6 @@ REALS += ["last_loss", "prediction_error", "predicted_change"]
 REALS += ["mean_squared_norm", "first_squared_norm", "mean_update_norm", "clip_factor"]
 # The slots that are not the preconditioner's.
 OWN_SLOTS = ("direction", "previous_gradient", "previous_preconditioned")
-MOST_OF_FLOAT16 = 65504.0
 COUNTS = ("updates", "skipped_updates", "rejected_curvatures", "last_update_applied")
 
 
@@ -99,7 +98,7 @@ class Stages:
         if search is not None:
             state = {name: self.old[name] for name in search.initial_state()}
             updates = self.old["updates"]
-            self.new.update(line_search.update(search, state, self.loss, updates))
+            self.new.update(checked.update_line_search(search, state, self.loss, updates))
             self.alpha = self.learning_rate * self.new["learning_rate_scale"]
 
     def finish_curvature(self):
@@ -137,7 +136,7 @@ class Stages:
                 prediction_error=prediction_error,
                 predicted_change=predicted_change,
             )
-        self.state, self.accepted = preconditioner.update(
+        self.state, self.accepted = checked.update_preconditioner(
             self.preconditioner, self.state, self.g, self.weights, y, s, gain_ratio, self.sums
         )
         self.new.update(curvature=curvature, gain_ratio=gain_ratio)
@@ -164,8 +163,9 @@ class Stages:
         self.new.update(delta=delta_new, step_size=self.alpha, beta=beta, preconditioner_mean=mean)
 
     def _precondition(self, g, w):
-        epsilon = self.optimizer.epsilon
-        return preconditioner.apply(self.preconditioner, self.state, g, w, epsilon, self.sums)
+        return checked.apply_preconditioner(
+            self.preconditioner, self.state, g, w, self.optimizer.epsilon, self.sums
+        )
 
     def _look_ahead(self, preconditioned, d, beta, gain_ratio, clip_factor=1.0):
         """d, or with Nesterov's look-ahead z + beta d as far as gradients are noise."""
@@ -248,7 +248,8 @@ def _unstack(variable):
 
 def _in_range(value, dtype):
     """Slots of float16 variables must not become infinite: an infinite h would never come back."""
-    return ops.clip(value, -MOST_OF_FLOAT16, MOST_OF_FLOAT16) if dtype == "float16" else value
+    most = 65504.0  # float16's largest number
+    return ops.clip(value, -most, most) if dtype == "float16" else value
 
 
 def _shortened(factor, xs):

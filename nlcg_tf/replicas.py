@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 
-def with_shapes(gradients, variables):
+def dense_gradients(gradients, variables):
     """The gradients as dense tensors of the variables' shapes, which a trace may not know.
 
     Integers, and what is no tensor, become of the variable's type. `None` stays.

@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-from keras import ops
 
 
 def plain(variables):
@@ -42,16 +41,12 @@ def check_gradients(grads, variables):
 
 def has_shape(x, shape):
     """Whether a tensor, or what can be made one, has this shape, as far as a graph knows that."""
-    known = _known_shape(x)
+    known = known_shape(x)
     return known is None or known == tuple(shape)
 
 
-def with_shape(tensor, shape):
-    """The tensor in the shape that it has, which a graph may not know."""
-    return ops.reshape(tensor, shape) if _known_shape(tensor) is None else tensor
-
-
-def _known_shape(x):
+def known_shape(x):
+    """The shape of a tensor, or of what can be made one; `None` where a graph does not know all."""
     shape = x.shape if hasattr(x, "shape") else np.shape(x)
     if getattr(shape, "rank", 0) is None or None in tuple(shape):
         return None

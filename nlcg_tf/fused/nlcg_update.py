@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from nlcg_tf import line_search, preconditioner
+from nlcg_tf import checked
 from nlcg_tf.preconditioner import DiagonalBFGS, NormalizedBFGS, limited, norm_limits
 from nlcg_tf.reference import COUNTS, OWN_SLOTS, REALS, cosine
 
@@ -196,7 +196,7 @@ def _given(optimizer, learning_rate, variables):
     names = optimizer.real_names[len(REALS) :]
     state = dict(zip(names, tf.unstack(tf.convert_to_tensor(variables["reals"])[len(REALS) :])))
     updates = tf.convert_to_tensor(variables["counts"])[COUNTS.index("updates")]
-    state = line_search.update(search, state, loss, updates)
+    state = checked.update_line_search(search, state, loss, updates)
     scale = state["learning_rate_scale"]
     return tf.stack([learning_rate, learning_rate * scale, loss, *state.values()])
 
@@ -209,7 +209,7 @@ def _slots_of_the_op(optimizer, slots):
 
 def _precondition(optimizer, gradients, variables):
     """P g, the preconditioner's new state, the mean of its diagonal, and the limits of norms."""
-    given, dtype = optimizer.preconditioner, optimizer.compute_dtype
+    preconditioner, dtype = optimizer.preconditioner, optimizer.compute_dtype
     state = {
         name: [v if v is None else tf.cast(v, dtype) for v in slot]
         for name, slot in variables["slots"].items()
@@ -217,15 +217,18 @@ def _precondition(optimizer, gradients, variables):
     }
     weights = limits = None
     gain_ratio, sums = tf.zeros((), dtype), optimizer.sums
-    if given.uses_weights or given.limits_norms:
+    if preconditioner.uses_weights or preconditioner.limits_norms:
         weights = _values(variables["weights"])  # read once: a graph then takes each norm once
-    if given.limits_norms:
+    if preconditioner.limits_norms:
         limits = norm_limits(weights, sums)
-    if not given.uses_weights:
+    if not preconditioner.uses_weights:
         weights = None
-    state, _ = preconditioner.update(given, state, gradients, weights, None, None, gain_ratio, sums)
-    epsilon = optimizer.epsilon
-    preconditioned, mean = preconditioner.apply(given, state, gradients, weights, epsilon, sums)
+    state, _ = checked.update_preconditioner(
+        preconditioner, state, gradients, weights, None, None, gain_ratio, sums
+    )
+    preconditioned, mean = checked.apply_preconditioner(
+        preconditioner, state, gradients, weights, optimizer.epsilon, sums
+    )
     return preconditioned, state, mean, limits
 
 

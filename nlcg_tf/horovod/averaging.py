@@ -67,7 +67,7 @@ class Averaging(CountsUpdates):
         """The gradients and the variables given, or `None`, as the update takes them."""
         variables = self._trainable_variables if given is None else given
         if len(variables) == len(grads):  # otherwise Keras says what is missing
-            grads = replicas.with_shapes(grads, variables)
+            grads = replicas.dense_gradients(grads, variables)
         return grads, given
 
     def apply_gradients(self, grads_and_vars, **kwargs):

@@ -8,7 +8,13 @@ import traceback
 import tensorflow as tf
 
 import nlcg_tf.horovod as hvd
-from tests.distributed import checks_fit, checks_refusals, checks_sharding, checks_updates
+from tests.distributed import (
+    checks_fit,
+    checks_numbers,
+    checks_refusals,
+    checks_sharding,
+    checks_updates,
+)
 
 
 def main():
@@ -16,7 +22,7 @@ def main():
     tf.config.threading.set_intra_op_parallelism_threads(1)
     assert hvd.size() == 2
     failed = False
-    modules = (checks_updates, checks_fit, checks_sharding, checks_refusals)
+    modules = (checks_updates, checks_numbers, checks_fit, checks_sharding, checks_refusals)
     checks = {name: check for module in modules for name, check in vars(module).items()}
     wanted = sys.argv[1:]
     for name, check in checks.items():

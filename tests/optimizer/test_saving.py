@@ -243,7 +243,7 @@ def test_a_saved_state_of_other_shapes_is_an_error(tmp_path):
     assert bits(stranger) == before
 
 
-def test_a_strangers_state_of_as_many_variables_is_an_error(tmp_path):
+def test_a_strangers_state_of_as_many_variables_is_an_error():
     """SGD has two before the first update as after it; a shape that does not fit; one missing."""
     model, sgd = regression_model(), keras.optimizers.SGD(0.5)
     model.compile(optimizer=NLCG(0.1, "momentum", None), loss="mse", run_eagerly=True)
